@@ -1,0 +1,1 @@
+"""Files that ship inside the package: links to ``cloud-init/`` and ``config/`` of the repository."""
