@@ -1,0 +1,384 @@
+"""The record of every order: one SQLite file, one thread that touches it, one door for changes.
+
+Each public coroutine is one transaction (WAL, ``synchronous=FULL``: it is on disk when it returns).
+The transaction runs whole on the store's own thread, so nothing can await in the middle of it and a
+caller who goes away cannot interrupt it. Live instances are also kept in memory, replaced after each
+commit, so that reading them costs no I/O.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import sqlite3
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, Any, Self, TypeVar
+
+import structlog
+
+from gpud.errors import Code, GpudError
+from gpud.model import (
+    FIRST_STEP,
+    LEGAL_STATUS,
+    LEGAL_STEPS,
+    Grant,
+    GuestInput,
+    Instance,
+    Order,
+    Status,
+    Step,
+)
+from gpud.schema import COLUMNS, from_row, guest_input_from, guest_input_row, to_row
+from gpud.statefile import connect, lock
+
+T = TypeVar("T")
+
+_log = structlog.get_logger()
+
+_INSERT = f"INSERT INTO instance ({', '.join(COLUMNS)}) VALUES (:{', :'.join(COLUMNS)})"  # noqa: S608
+_UPDATE = (
+    f"UPDATE instance SET {', '.join(f'{name} = :{name}' for name in COLUMNS)}"  # noqa: S608
+    " WHERE upstream_id = :upstream_id"
+)
+_RECENT_BOOTS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """The answer to an order.
+
+    Attributes:
+        instance: The instance, new or from before.
+        replayed: True when the same order had been accepted earlier.
+        usual_boot_s: How long recent instances of this shape took from order to running, if any did.
+    """
+
+    instance: Instance
+    replayed: bool
+    usual_boot_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One transition of an instance; ``was`` and ``became`` read ``status/step``."""
+
+    at: float
+    upstream_id: str
+    was: str
+    became: str
+    why: str
+
+
+class Store:
+    """See the module's docstring. Built by :meth:`open`."""
+
+    def __init__(
+        self, connection: sqlite3.Connection, lock_file: IO[str], clock: Callable[[], float]
+    ) -> None:
+        self._connection = connection
+        self._lock_file = lock_file
+        self._clock = clock
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._live: dict[str, Instance] = {}
+        self._by_instance_id: dict[str, str] = {}
+        self._changed: dict[str, Instance] = {}
+        self._listeners: list[Callable[[Instance], None]] = []
+        self.owner = ""
+        self.version = 0
+
+    @classmethod
+    async def open(cls, state_dir: Path, clock: Callable[[], float] = time.time) -> Self:
+        """Open, or on the very first start create, the state file in ``state_dir``.
+
+        Raises:
+            GpudError: ``STATE_UNUSABLE`` when another gpud holds it, or the file is damaged, from a
+                newer gpud, or missing although guests' disks are there.
+        """
+        lock_file = lock(state_dir)
+        try:
+            store = cls(connect(state_dir), lock_file, clock)
+        except BaseException:
+            lock_file.close()
+            raise
+        try:
+            await store._run(store._load)
+        except (sqlite3.Error, ValueError, TypeError) as error:
+            await store.close()
+            raise GpudError(
+                Code.STATE_UNUSABLE,
+                f"the state file in {state_dir} holds what this gpud cannot read: {error}",
+                hint="restore it from a backup",
+            ) from error
+        return store
+
+    async def close(self) -> None:
+        """Let the transaction under way end, then close the file."""
+        await self._run(self._connection.close)
+        self._thread.shutdown()
+        self._lock_file.close()
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    @property
+    def live(self) -> Mapping[str, Instance]:
+        """Instances that may still hold something, by ``upstream_id``; as of the last commit."""
+        return MappingProxyType(self._live)
+
+    def find_live(self, either_id: str) -> Instance | None:
+        """A live instance by ``upstream_id`` or the caller's ``instance_id``, without I/O."""
+        instance = self._live.get(either_id)
+        return instance or self._live.get(self._by_instance_id.get(either_id, ""))
+
+    async def find(self, either_id: str) -> Instance | None:
+        """Any instance, ended ones too, by ``upstream_id`` or the caller's ``instance_id``."""
+        return self.find_live(either_id) or await self._run(lambda: self._find(either_id))
+
+    async def guest_input(self, upstream_id: str) -> GuestInput:
+        """What the guest is to be given; empty once the instance has ended."""
+        query = "SELECT * FROM guest_input WHERE upstream_id = ?"
+        row = await self._run(lambda: self._connection.execute(query, (upstream_id,)).fetchone())
+        return guest_input_from(row) if row is not None else GuestInput()
+
+    async def recent(self, limit: int) -> list[Instance]:
+        """The newest instances, ended ones too, newest first."""
+        query = "SELECT * FROM instance ORDER BY created_at DESC LIMIT ?"
+        rows = await self._run(lambda: self._connection.execute(query, (limit,)).fetchall())
+        return [from_row(row) for row in rows]
+
+    async def events(self, upstream_id: str | None = None, limit: int = 1000) -> list[Event]:
+        """The newest events, oldest first; of one instance, or of all."""
+        query = (
+            "SELECT at, upstream_id, was, became, why FROM event"
+            " WHERE ?1 IS NULL OR upstream_id = ?1 ORDER BY id DESC LIMIT ?2"
+        )
+        rows = await self._run(
+            lambda: self._connection.execute(query, (upstream_id, limit)).fetchall()
+        )
+        return [Event(*row) for row in reversed(rows)]
+
+    # -- changing --------------------------------------------------------------------------------
+
+    async def admit(self, order: Order, decide: Callable[[Sequence[Grant]], Grant]) -> Admission:
+        """Accept an order, or find that it was accepted before: one transaction.
+
+        Args:
+            order: The validated order.
+            decide: Given the grants of all live instances, returns the grant for this order or
+                raises; it runs inside the transaction, so what it sees cannot change under it.
+
+        Raises:
+            GpudError: ``INSTANCE_ID_REUSED`` when the id stands for another order; whatever ``decide``
+                raises. Nothing was recorded then.
+        """
+        return await self._change(lambda: self._admit(order, decide))
+
+    async def move(
+        self,
+        instance: Instance,
+        step: Step,
+        *,
+        why: str = "",
+        **changes: Any,  # noqa: ANN401
+    ) -> Instance:
+        """Commit the next step, with whatever else changes beside it.
+
+        A caller's status wins over one that would be a step back (a DELETE arrived meanwhile).
+
+        Raises:
+            ValueError: The move is not in the table of legal ones, or the instance has moved on
+                since ``instance`` was read: a defect of the caller.
+        """
+        return await self._change(lambda: self._move(instance, step, why, changes))
+
+    async def request_delete(self, either_id: str) -> Instance | None:
+        """Record that the caller wants the instance gone; None when there never was one."""
+        return await self._change(lambda: self._request_delete(either_id))
+
+    async def guest_booted(self, upstream_id: str) -> None:
+        """Count a guest's report that its startup script was started."""
+        await self._change(
+            lambda: self._update(
+                upstream_id,
+                lambda now: {"guest_boots": now.guest_boots + 1, "script_exit_code": None},
+                "the guest reported its startup script started",
+            )
+        )
+
+    async def script_exited(self, upstream_id: str, exit_code: int) -> None:
+        """Record the exit code of the startup script's last run."""
+        await self._change(
+            lambda: self._update(
+                upstream_id,
+                lambda _: {"script_exit_code": exit_code},
+                f"the startup script ended with exit code {exit_code}",
+            )
+        )
+
+    def subscribe(self, listener: Callable[[Instance], None]) -> None:
+        """Call ``listener`` on the event loop after each commit, with the instance that changed."""
+        self._listeners.append(listener)
+
+    # -- on the store's thread -------------------------------------------------------------------
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    async def _change(self, work: Callable[[], T]) -> T:
+        loop = asyncio.get_running_loop()
+        return await self._run(lambda: self._transaction(work, loop))
+
+    def _transaction(self, work: Callable[[], T], loop: asyncio.AbstractEventLoop) -> T:
+        self._changed = {}
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            result = work()
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:  # SQLite itself ends it on a full disk, say
+                self._connection.execute("ROLLBACK")
+            raise
+        self._publish(loop)
+        return result
+
+    def _publish(self, loop: asyncio.AbstractEventLoop) -> None:
+        if not self._changed:
+            return
+        live = {**self._live, **self._changed}
+        self._live = {key: instance for key, instance in live.items() if instance.live}
+        self._by_instance_id = {one.instance_id: one.upstream_id for one in self._live.values()}
+        self.version += 1
+        for instance in self._changed.values():
+            for listener in self._listeners:
+                loop.call_soon_threadsafe(listener, instance)
+        if not all(instance.live for instance in self._changed.values()):
+            self._empty_log()
+
+    def _empty_log(self) -> None:
+        """Drop scripts and keys that are gone from the tables from the write-ahead log too."""
+        try:
+            blocked = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        except sqlite3.Error as error:  # what was committed stays committed
+            blocked = str(error)
+        if blocked:
+            _log.warning("state log not emptied; the next end of an instance does it", why=blocked)
+
+    def _load(self) -> None:
+        self._empty_log()  # a crash may have come between the end of an instance and this
+        query = "SELECT * FROM instance WHERE step != 'ended'"
+        live = [from_row(row) for row in self._connection.execute(query)]
+        self._live = {instance.upstream_id: instance for instance in live}
+        self._by_instance_id = {one.instance_id: one.upstream_id for one in live}
+        new_owner = ("owner", secrets.token_hex(8))
+        self._connection.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", new_owner)
+        query = "SELECT value FROM meta WHERE key = 'owner'"
+        self.owner = self._connection.execute(query).fetchone()[0]
+
+    def _find(self, either_id: str) -> Instance | None:
+        query = (
+            "SELECT * FROM instance WHERE upstream_id = ?1 OR instance_id = ?1"
+            " ORDER BY upstream_id = ?1 DESC LIMIT 1"
+        )
+        row = self._connection.execute(query, (either_id,)).fetchone()
+        return from_row(row) if row is not None else None
+
+    def _admit(self, order: Order, decide: Callable[[Sequence[Grant]], Grant]) -> Admission:
+        query = "SELECT * FROM instance WHERE instance_id = ?"
+        row = self._connection.execute(query, (order.instance_id,)).fetchone()
+        if row is not None:
+            known = from_row(row)
+            if known.fingerprint != order.fingerprint:
+                raise GpudError(
+                    Code.INSTANCE_ID_REUSED,
+                    "this instance_id was used before for a different order",
+                )
+            return Admission(known, replayed=True, usual_boot_s=self._usual_boot_s(known.grant))
+        grant = decide([instance.grant for instance in self._live.values()])
+        now = self._clock()
+        instance = Instance(
+            upstream_id=f"i-{secrets.token_hex(8)}",
+            instance_id=order.instance_id,
+            fingerprint=order.fingerprint,
+            tier=order.tier,
+            grant=grant,
+            status=Status.CREATING,
+            step=FIRST_STEP,
+            step_since=now,
+            created_at=now,
+        )
+        self._connection.execute(_INSERT, to_row(instance))
+        given = guest_input_row(instance.upstream_id, order.guest_input)
+        self._connection.execute("INSERT INTO guest_input VALUES (?, ?, ?, ?)", given)
+        claims = [(str(gpu.address), instance.upstream_id) for gpu in grant.gpus]
+        self._connection.executemany("INSERT INTO gpu_claim VALUES (?, ?)", claims)
+        if grant.address is not None:
+            claim = (str(grant.address), instance.upstream_id)
+            self._connection.execute("INSERT INTO address_claim VALUES (?, ?)", claim)
+        self._log(instance.upstream_id, "", _place(instance), "order accepted")
+        self._changed[instance.upstream_id] = instance
+        return Admission(instance, replayed=False, usual_boot_s=self._usual_boot_s(grant))
+
+    def _usual_boot_s(self, grant: Grant) -> float | None:
+        """Upper quartile of the recent boots of this shape."""
+        query = (
+            "SELECT running_at - created_at FROM instance WHERE gpu_type = ? AND gpu_count = ?"
+            " AND running_at IS NOT NULL ORDER BY running_at DESC LIMIT ?"
+        )
+        shape = (grant.shape.gpu_type, grant.shape.gpu_count, _RECENT_BOOTS)
+        boots = sorted(row[0] for row in self._connection.execute(query, shape))
+        return boots[len(boots) * 3 // 4] if boots else None
+
+    def _move(self, read: Instance, step: Step, why: str, changes: dict[str, Any]) -> Instance:
+        current = self._live.get(read.upstream_id)
+        if current is None or current.step is not read.step:
+            raise ValueError(f"{read.upstream_id} is no longer at {read.step}")
+        if step not in LEGAL_STEPS[current.step]:
+            raise ValueError(f"{read.upstream_id} cannot go from {current.step} to {step}")
+        now = self._clock()
+        changes = {**changes, "step": step, "step_since": now}
+        if changes.get("status") not in LEGAL_STATUS[current.status]:
+            changes.pop("status", None)
+        if step is Step.ENDED:
+            failed = current.status is Status.ERROR
+            changes["status"] = Status.ERROR if failed else Status.TERMINATED
+            changes["ended_at"] = now
+            for table in ("guest_input", "gpu_claim", "address_claim"):
+                query = f"DELETE FROM {table} WHERE upstream_id = ?"  # noqa: S608 - names from above
+                self._connection.execute(query, (read.upstream_id,))
+        return self._put(current, changes, why)
+
+    def _request_delete(self, either_id: str) -> Instance | None:
+        found = self._find(either_id)
+        if found is None or found.delete_requested_at is not None:
+            return found
+        status = Status.STOPPING if found.live else Status.TERMINATED
+        changes: dict[str, Any] = {"delete_requested_at": self._clock()}
+        if status in LEGAL_STATUS[found.status]:
+            changes["status"] = status
+        return self._put(found, changes, "the caller asked to terminate it")
+
+    def _update(
+        self, upstream_id: str, change: Callable[[Instance], dict[str, Any]], why: str
+    ) -> Instance | None:
+        current = self._live.get(upstream_id)
+        return None if current is None else self._put(current, change(current), why)
+
+    def _put(self, current: Instance, changes: dict[str, Any], why: str) -> Instance:
+        """The one place that changes an instance."""
+        instance = replace(current, **changes)
+        self._connection.execute(_UPDATE, to_row(instance))
+        self._log(instance.upstream_id, _place(current), _place(instance), why)
+        self._changed[instance.upstream_id] = instance
+        return instance
+
+    def _log(self, upstream_id: str, was: str, became: str, why: str) -> None:
+        query = "INSERT INTO event (at, upstream_id, was, became, why) VALUES (?, ?, ?, ?, ?)"
+        self._connection.execute(query, (self._clock(), upstream_id, was, became, why))
+
+
+def _place(instance: Instance) -> str:
+    return f"{instance.status.value}/{instance.step.value}"
