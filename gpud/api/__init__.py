@@ -1,0 +1,1 @@
+"""The HTTP side of gpud: who calls, what they may ask, and what they are told."""
