@@ -1,0 +1,1 @@
+"""What the host is and has, read from and written to its kernel."""
