@@ -1,0 +1,327 @@
+"""gpud's hypervisor room against a real libvirtd and a real QEMU."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+from uuid import uuid4
+
+import libvirt
+import pytest
+
+from gpud.errors import GpudError
+from gpud.hypervisor.domains import DomainState
+from gpud.hypervisor.domainxml import DomainSpec, Identity, UserNetwork, render
+from gpud.hypervisor.events import DomainEvent
+from gpud.hypervisor.libvirtd import Hypervisor
+from gpud.hypervisor.networkxml import Lease, NetworkSpec
+
+SYSTEM = "qemu:///system"
+NOBODY = 65534
+ENDLESS_OUTPUT = bytes.fromhex("baf803 b041 ee ebfd")
+"""A boot sector: mov dx,0x3f8; mov al,'A'; again: out dx,al; jmp again."""
+
+
+def wait_for_libvirt(uri: str, daemon: subprocess.Popen[bytes]) -> None:
+    for _ in range(200):
+        assert daemon.poll() is None, f"{daemon.args!r} has ended"
+        try:
+            libvirt.open(uri).close()
+        except libvirt.libvirtError:
+            time.sleep(0.1)
+        else:
+            return
+    pytest.fail(f"nobody answers on {uri}")
+
+
+def end(daemon: subprocess.Popen[bytes]) -> None:
+    daemon.terminate()
+    daemon.wait(20)
+
+
+@pytest.fixture(scope="module")
+def system() -> Iterator[str]:
+    """The host's libvirtd: the one that runs, or one of our own for the length of this module."""
+    if os.geteuid() == 0:
+        # As udev leaves it on a host; otherwise libvirt probes QEMU anew at every single call.
+        kvm = Path("/dev/kvm")
+        if kvm.exists() and not kvm.stat().st_mode & 0o060:
+            shutil.chown(kvm, group="kvm")
+            kvm.chmod(0o660)
+    try:
+        libvirt.open(SYSTEM).close()
+    except libvirt.libvirtError:
+        if os.geteuid() != 0:
+            pytest.skip("no libvirtd runs, and only root can start one")
+        with tempfile.TemporaryFile() as log:
+            daemons = [subprocess.Popen([name], stderr=log) for name in ("virtlogd", "libvirtd")]
+            wait_for_libvirt(SYSTEM, daemons[1])
+            yield SYSTEM
+            for daemon in reversed(daemons):
+                end(daemon)
+    else:
+        yield SYSTEM
+
+
+class PrivateDaemon:
+    """A libvirtd of an ordinary user, which a test may kill."""
+
+    def __init__(self, home: Path) -> None:
+        config = home / "config" / "libvirt"
+        config.mkdir(parents=True)
+        (config / "qemu.conf").write_text('stdio_handler = "file"\n')
+        self.uri = f"qemu:///session?socket={home}/run/libvirt/libvirt-sock"
+        self._environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(home),
+            "XDG_RUNTIME_DIR": str(home / "run"),
+            "XDG_CONFIG_HOME": str(home / "config"),
+            "XDG_CACHE_HOME": str(home / "cache"),
+        }
+        (home / "run").mkdir(mode=0o700)
+        self._user = NOBODY if os.geteuid() == 0 else None
+        if self._user is not None:
+            for path in (home, *home.rglob("*")):
+                os.chown(path, self._user, self._user)
+        self.start()
+
+    def start(self) -> None:
+        user = self._user
+        self.process = subprocess.Popen(
+            ["libvirtd"],  # noqa: S607
+            env=self._environment,
+            user=user,
+            group=user,
+            extra_groups=None if user is None else [],
+            stderr=subprocess.DEVNULL,
+        )
+        wait_for_libvirt(self.uri, self.process)
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self) -> None:
+        """End it together with what a failed test has left running."""
+        if self.process.poll() is not None:
+            self.start()
+        connection = libvirt.open(self.uri)
+        for domain in connection.listAllDomains():
+            domain.destroy()
+        connection.close()
+        end(self.process)
+
+
+@pytest.fixture
+def private_home() -> Iterator[Path]:
+    home = Path(tempfile.mkdtemp(prefix="gpud-"))  # socket paths must stay short
+    yield home
+    shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture
+def private(private_home: Path) -> Iterator[PrivateDaemon]:
+    daemon = PrivateDaemon(private_home)
+    yield daemon
+    daemon.stop()
+
+
+@pytest.fixture
+def guest() -> Iterator[DomainSpec]:
+    """A guest with an empty disk; firmware comes up and finds nothing to boot."""
+    directory = Path(tempfile.mkdtemp(prefix="gpud-guest-", dir="/var/tmp"))
+    directory.chmod(0o777)
+    make_disk(directory / "disk.qcow2", b"")
+    (directory / "seed.iso").write_bytes(bytes(64 * 1024))
+    identifier = uuid4().hex[:16]
+    yield DomainSpec(
+        name=f"gpud-test-{identifier}",
+        uuid=uuid4(),
+        owner="machine-test",
+        upstream_id=f"i-{identifier}",
+        mac="52:0a:1b:2c:3d:4e",
+        memory_mib=128,
+        cpu_cores=1,
+        domain_type="qemu",
+        firmware="bios",
+        base=directory / "base.qcow2",
+        disk=directory / "disk.qcow2",
+        seed=directory / "seed.iso",
+        nvram=directory / "nvram.fd",
+        network=UserNetwork(),
+    )
+    shutil.rmtree(directory)
+
+
+def make_disk(path: Path, boot_code: bytes) -> None:
+    """An overlay with nothing in it, on a base with that boot sector."""
+    raw, base = path.with_suffix(".raw"), path.with_name("base.qcow2")
+    sector = boot_code.ljust(510, b"\0") + (b"\x55\xaa" if boot_code else b"\0\0")
+    raw.write_bytes(sector + bytes(2**20))
+    commands: list[list[str | Path]] = [
+        ["qemu-img", "convert", "-O", "qcow2", raw, base],
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base.name, path],
+    ]
+    for command in commands:
+        subprocess.run(command, check=True)
+    base.chmod(0o444)
+    path.chmod(0o666)
+
+
+def pci_devices(uri: str, name: str) -> str:
+    command = ["virsh", "-c", uri, "qemu-monitor-command", name, "--hmp", "info pci"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def dhcp_hosts(network: str) -> str:
+    return Path(f"/var/lib/libvirt/dnsmasq/{network}.hostsfile").read_text()
+
+
+@asynccontextmanager
+async def connected(uri: str) -> AsyncIterator[Hypervisor]:
+    hypervisor = Hypervisor(uri, call_timeout_s=60, threads=4)
+    task = asyncio.create_task(hypervisor.run())
+    try:
+        await asyncio.wait_for(hypervisor.wait_available(), 30)
+        yield hypervisor
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+@asynccontextmanager
+async def started(hypervisor: Hypervisor, spec: DomainSpec) -> AsyncIterator[None]:
+    await hypervisor.start(spec.uuid, render(spec))
+    try:
+        yield
+    finally:
+        await hypervisor.stop(spec.uuid)
+
+
+@pytest.mark.parametrize(("firmware", "greeting"), [("bios", b"SeaBIOS"), ("uefi", b"BdsDxe")])
+async def test_guest_lives_and_leaves_nothing(
+    system: str, guest: DomainSpec, firmware: str, greeting: bytes
+) -> None:
+    spec = replace(guest, firmware=firmware, stand_ins=2)  # type: ignore[arg-type]
+    seen: list[DomainEvent] = []
+    async with connected(system) as hypervisor:
+        hypervisor.subscribe(
+            lambda uuid, event, _: seen.append(event) if uuid == spec.uuid else None
+        )
+        async with started(hypervisor, spec):
+            await hypervisor.start(spec.uuid, render(spec))
+            found = await hypervisor.find(spec.uuid)
+            assert found is not None
+            assert found.state is DomainState.RUNNING
+            assert found.identity == Identity(spec.owner, spec.upstream_id)
+            assert found in await hypervisor.domains()
+            assert spec.nvram.exists() is (firmware == "uefi")
+
+            console, output = await hypervisor.console(spec.uuid), b""
+            async with asyncio.timeout(120):
+                while greeting not in output:
+                    output += await console.read()
+            # Whoever comes later gets the console: a restarted gpud meets its former self's.
+            second = await hypervisor.console(spec.uuid)
+            async with asyncio.timeout(10):
+                while await console.read():
+                    pass
+            await second.close()
+            channel = await hypervisor.channel(spec.uuid)
+            await channel.close()
+
+            connection = libvirt.open(system)
+            domain = connection.lookupByUUIDString(str(spec.uuid))
+            assert not domain.isPersistent()
+            assert pci_devices(system, spec.name).count("1234:11e8") == 2
+        assert await hypervisor.find(spec.uuid) is None
+        assert spec.name not in {domain.name() for domain in connection.listAllDomains()}
+        # libvirt makes the variable store and leaves it: removing it is gpud's.
+        assert spec.nvram.exists() is (firmware == "uefi")
+        connection.close()
+    assert {DomainEvent.STARTED, DomainEvent.STOPPED} <= set(seen)
+
+
+async def test_flooding_guest_does_not_fill_memory(system: str, guest: DomainSpec) -> None:
+    make_disk(guest.disk, ENDLESS_OUTPUT)
+    async with connected(system) as hypervisor, started(hypervisor, guest):
+        console = await hypervisor.console(guest.uuid)
+        async with asyncio.timeout(60):
+            while not console.dropped_bytes:
+                await asyncio.sleep(0.1)
+        assert b"A" * 1000 in await console.read()
+        await console.close()
+
+
+async def test_unreadable_disk_is_refused_with_a_hint(system: str, guest: DomainSpec) -> None:
+    guest.disk.parent.chmod(0o700)
+    async with connected(system) as hypervisor:
+        with pytest.raises(GpudError, match=r"Permission denied.*every directory above") as caught:
+            await hypervisor.start(guest.uuid, render(guest))
+        assert not caught.value.transient
+        assert await hypervisor.find(guest.uuid) is None
+
+
+async def test_guest_outlives_a_killed_libvirtd(private: PrivateDaemon, guest: DomainSpec) -> None:
+    connects: list[bool] = []
+    async with connected(private.uri) as hypervisor, started(hypervisor, guest):
+        hypervisor.on_connect(lambda: connects.append(True))
+        console = await hypervisor.console(guest.uuid)
+        await asyncio.to_thread(private.kill)
+        async with asyncio.timeout(10):
+            while await console.read():
+                pass
+            while hypervisor.available:
+                await asyncio.sleep(0.01)
+        with pytest.raises(GpudError, match="cannot look up guest") as caught:
+            await hypervisor.find(guest.uuid)
+        assert caught.value.transient
+        await asyncio.to_thread(private.start)
+        await asyncio.wait_for(hypervisor.wait_available(), 60)
+        assert connects == [True]
+        found = await hypervisor.find(guest.uuid)
+        assert found is not None
+        assert found.identity == Identity(guest.owner, guest.upstream_id)
+        assert found.state is DomainState.RUNNING
+    assert not hypervisor.available
+
+
+async def test_network_gives_each_guest_its_own_address(system: str) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a bridge")
+    spec = NetworkSpec("gpudtest", "gpudtest", IPv4Network("10.213.77.0/24"))
+    lease = Lease("52:0a:1b:2c:3d:4e", IPv4Address("10.213.77.10"), "i-1")
+    async with connected(system) as hypervisor:
+        try:
+            for _ in range(2):
+                await hypervisor.ensure_network(spec)
+            for _ in range(2):
+                await hypervisor.add_lease(spec.name, lease.mac, lease.address, lease.name)
+            assert await hypervisor.leases(spec.name) == [lease]
+            assert f"{lease.mac},{lease.address},{lease.name}" in dhcp_hosts(spec.name)
+            for _ in range(2):
+                await hypervisor.remove_lease(spec.name, lease.mac)
+            assert await hypervisor.leases(spec.name) == []
+            with pytest.raises(GpudError, match="has subnet"):
+                await hypervisor.ensure_network(replace(spec, subnet=IPv4Network("10.213.78.0/24")))
+            rival = replace(spec, name="gpudtest2", bridge="gpudtest2")
+            with pytest.raises(GpudError, match=r"already in use.*another network\.subnet"):
+                await hypervisor.ensure_network(rival)
+        finally:
+            connection = libvirt.open(system)
+            names = {network.name() for network in connection.listAllNetworks()}
+            network = connection.networkLookupByName(spec.name)
+            network.destroy()
+            network.undefine()
+            connection.close()
+    assert rival.name not in names
