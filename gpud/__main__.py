@@ -1,0 +1,5 @@
+"""Runs the command: ``python -m gpud``."""
+
+from gpud.cli import main
+
+main()

@@ -1,0 +1,70 @@
+"""Asks the running daemon over its Unix socket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import quote
+
+import aiohttp
+
+from gpud.errors import Code, GpudError
+
+
+def get(socket: Path, path: str) -> Any:  # noqa: ANN401 - whatever JSON the daemon answers
+    """Fetch one JSON answer.
+
+    Raises:
+        GpudError: The daemon does not answer, or refuses.
+    """
+    return asyncio.run(_get(socket, path))
+
+
+def copy(socket: Path, path: str, target: BinaryIO) -> None:
+    """Copy an answer of any length to ``target`` as it comes.
+
+    Raises:
+        GpudError: The daemon does not answer, or refuses.
+    """
+    asyncio.run(_copy(socket, path, target))
+
+
+def console_path(instance_id: str, *, follow: bool) -> str:
+    """The path of an instance's console."""
+    return f"/instances/{quote(instance_id, safe='')}/console" + ("?follow=1" if follow else "")
+
+
+async def _get(socket: Path, path: str) -> Any:  # noqa: ANN401
+    async with _asked(socket, path) as response:
+        return await response.json()
+
+
+async def _copy(socket: Path, path: str, target: BinaryIO) -> None:
+    async with _asked(socket, path) as response:
+        async for chunk in response.content.iter_any():
+            target.write(chunk)
+            target.flush()
+
+
+@asynccontextmanager
+async def _asked(socket: Path, path: str) -> AsyncIterator[aiohttp.ClientResponse]:
+    connector = aiohttp.UnixConnector(str(socket))
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
+    try:
+        async with (
+            aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
+            session.get(f"http://gpud{path}") as response,
+        ):
+            if response.status != 200:  # noqa: PLR2004
+                body = await response.json(content_type=None)
+                raise GpudError(Code(body["code"]), body["detail"])
+            yield response
+    except aiohttp.ClientConnectorError as error:
+        raise GpudError(
+            Code.STATE_UNUSABLE,
+            f"no daemon answers on {socket}: {error.os_error.strerror}",
+            hint="`systemctl status gpud` tells whether it runs",
+        ) from error

@@ -1,0 +1,131 @@
+"""The operator's side door: what the ``gpud`` command asks the daemon, over a Unix socket.
+
+Who may use it is a matter of the socket's file mode; there is no token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+from aiohttp import web
+
+from gpud.api.problem import from_http, problem
+from gpud.api.schemas import uptime_s
+from gpud.desk import OrderDesk
+from gpud.errors import Code, GpudError
+from gpud.guest.console import ConsoleLogs
+from gpud.model import Instance
+from gpud.offers import as_number
+from gpud.store import Store
+
+_FOLLOW_EVERY_S = 0.5
+_ENDED_SHOWN = 20
+
+
+class Admin:
+    """Handlers of the side door."""
+
+    def __init__(
+        self,
+        store: Store,
+        desk: OrderDesk,
+        consoles: ConsoleLogs,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._desk = desk
+        self._consoles = consoles
+        self._clock = clock
+
+    def build_app(self) -> web.Application:
+        """Put the application together."""
+        app = web.Application(middlewares=[_problems])
+        app.add_routes(
+            [
+                web.get("/instances", self.instances),
+                web.get("/instances/{id}/console", self.console),
+                web.get("/offers", self.offers),
+            ]
+        )
+        return app
+
+    async def instances(self, request: web.Request) -> web.Response:
+        """Live instances, and with ``?all=1`` the newest ended ones too."""
+        shown = list(self._store.live.values())
+        if request.query.get("all"):
+            shown = await self._store.recent(len(shown) + _ENDED_SHOWN)
+        shown.sort(key=lambda one: one.created_at)
+        return web.json_response({"instances": [self._instance(one) for one in shown]})
+
+    async def offers(self, _: web.Request) -> web.Response:
+        """Every offering, also those with nothing available."""
+        return web.json_response({"offerings": [one.as_json() for one in self._desk.offerings()]})
+
+    async def console(self, request: web.Request) -> web.StreamResponse:
+        """What is kept of a guest's console; with ``?follow=1`` also what comes, until it ends."""
+        instance = await self._store.find(request.match_info["id"])
+        if instance is None:
+            raise GpudError(
+                Code.INSTANCE_NOT_FOUND,
+                f"there is no instance {request.match_info['id']}",
+                hint="`gpud instances --all` lists them",
+            )
+        upstream_id = instance.upstream_id
+        response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
+        await response.prepare(request)
+        shown = await asyncio.to_thread(self._consoles.read, upstream_id)
+        await response.write(shown)
+        while request.query.get("follow") and upstream_id in self._store.live:
+            await asyncio.sleep(_FOLLOW_EVERY_S)
+            kept = await asyncio.to_thread(self._consoles.read, upstream_id)
+            await response.write(_added(shown, kept))
+            shown = kept
+        await response.write_eof()
+        return response
+
+    def _instance(self, instance: Instance) -> dict[str, Any]:
+        grant = instance.grant
+        return {
+            "upstream_id": instance.upstream_id,
+            "instance_id": instance.instance_id,
+            "status": instance.status.value,
+            "step": instance.step.value,
+            "in_step_seconds": max(0, int(self._clock() - instance.step_since)),
+            "gpu_type": grant.shape.gpu_type,
+            "gpus": [str(gpu.address) for gpu in grant.gpus],
+            "tier": instance.tier.value,
+            "cpu_cores": grant.shape.cpu_cores,
+            "memory_mib": grant.shape.memory_mib,
+            "storage_gib": grant.shape.storage_gib,
+            "address": str(grant.address) if grant.address else None,
+            "cost_per_hour": as_number(grant.cost_per_hour),
+            "uptime_seconds": uptime_s(instance, self._clock()),
+            "script_exit_code": instance.script_exit_code,
+            "restarts": instance.restarts,
+            "failure": instance.failure,
+        }
+
+
+def _added(before: bytes, now: bytes) -> bytes:
+    """What ``now`` has that ``before`` had not, where the oldest part may have been dropped."""
+    if now.startswith(before):
+        return now[len(before) :]
+    tail = before[-4096:]
+    at = now.rfind(tail)
+    return now[at + len(tail) :] if at >= 0 else now
+
+
+@web.middleware
+async def _problems(
+    request: web.Request, handler: Callable[[web.Request], Any]
+) -> web.StreamResponse:
+    try:
+        response: web.StreamResponse = await handler(request)
+    except GpudError as error:
+        return problem(error, "-")
+    except web.HTTPException as error:
+        return problem(from_http(error), "-")
+    return response

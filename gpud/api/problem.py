@@ -1,0 +1,50 @@
+"""Errors as ``application/problem+json`` (RFC 9457)."""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+
+from aiohttp import web
+
+from gpud.api.auth import AuthError
+from gpud.errors import Code, GpudError
+
+_UNSPOKEN = "something went wrong inside; the daemon's log has it under this request_id"
+
+
+def problem(error: GpudError, request_id: str) -> web.Response:
+    """The response for an error. Errors that are not for callers keep their text to themselves."""
+    status = error.http_status
+    inside = status == HTTPStatus.INTERNAL_SERVER_ERROR
+    code = Code.INTERNAL if inside else error.code
+    body: dict[str, object] = {
+        "type": f"urn:gpud:problem:{code.value}",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": _UNSPOKEN if inside else error.detail,
+        "code": code.value,
+        "request_id": request_id,
+    }
+    if error.problems:
+        body["errors"] = [{"field": one.where, "detail": one.what} for one in error.problems]
+    response = web.Response(
+        body=json.dumps(body).encode(), status=status, content_type="application/problem+json"
+    )
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, AuthError) and error.www_authenticate is not None:
+        response.headers["WWW-Authenticate"] = error.www_authenticate
+    return response
+
+
+def from_http(error: web.HTTPException) -> GpudError:
+    """What aiohttp raises by itself, in our words."""
+    if isinstance(error, web.HTTPNotFound):
+        return GpudError(Code.NOT_FOUND, "there is nothing at this path")
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        return GpudError(Code.METHOD_NOT_ALLOWED, f"this path takes {allowed}")
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        return GpudError(Code.PAYLOAD_TOO_LARGE, "the body is too large")
+    return GpudError(Code.INVALID_REQUEST, "the request is not valid HTTP for this path")

@@ -1,0 +1,109 @@
+"""The four endpoints of the Supplier API."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import structlog
+from aiohttp import web
+
+from gpud.api.schemas import instance_json, parse_order
+from gpud.config import Network
+from gpud.desk import OrderDesk
+from gpud.errors import Code, GpudError
+from gpud.model import Instance
+from gpud.offers import as_number
+from gpud.store import Store
+from gpud.telemetry import Metrics
+
+_log = structlog.get_logger()
+
+REQUEST_ID = web.RequestKey("request_id", str)
+BODY = web.RequestKey("body", bytes)
+
+_USER_MODE_ADDRESS = "10.0.2.15"
+
+
+class Routes:
+    """Handlers; each request has passed the gate, so its caller is known and its body is read."""
+
+    def __init__(
+        self,
+        desk: OrderDesk,
+        store: Store,
+        network: Network,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._desk = desk
+        self._store = store
+        self._network = network
+        self._metrics = metrics
+        self._clock = clock
+
+    async def available(self, _: web.Request) -> web.Response:
+        """``GET /v1/gpu/available``."""
+        return web.Response(body=self._desk.available_json(), content_type="application/json")
+
+    async def create(self, request: web.Request) -> web.Response:
+        """``POST /v1/instances``. The answer leaves after the order is durable."""
+        _check_content_type(request)
+        order, unknown_fields = parse_order(request[BODY])
+        if unknown_fields:
+            self._metrics.unknown_fields.inc(unknown_fields)
+        accepted = await self._desk.order(order)
+        instance = accepted.instance
+        _log.info(
+            "order accepted", request_id=request[REQUEST_ID], instance=instance.upstream_id,
+            instance_id=instance.instance_id, shape=instance.grant.shape.name,
+            replayed=accepted.replayed,
+        )  # fmt: skip
+        answer = {
+            "upstream_id": instance.upstream_id,
+            "status": instance.status.value,
+            "cost_per_hour": as_number(instance.grant.cost_per_hour),
+            "estimated_ready_seconds": accepted.estimated_ready_s,
+            "datacenter_location": instance.grant.datacenter_location,
+            "region": instance.grant.region,
+        }
+        headers = {"Idempotent-Replayed": "true"} if accepted.replayed else {}
+        headers["Location"] = f"/v1/instances/{instance.upstream_id}"
+        return web.json_response(answer, status=201, headers=headers)
+
+    async def show(self, request: web.Request) -> web.Response:
+        """``GET /v1/instances/{id}``, by either id."""
+        either_id = request.match_info["id"]
+        # Live instances, the ones that are polled, are in memory.
+        instance = self._store.find_live(either_id) or await self._store.find(either_id)
+        if instance is None:
+            raise _unknown()
+        return web.json_response(instance_json(instance, self._clock(), self._address(instance)))
+
+    async def delete(self, request: web.Request) -> web.Response:
+        """``DELETE /v1/instances/{id}``. The answer leaves after the intent is durable."""
+        instance = await self._store.request_delete(request.match_info["id"])
+        if instance is None:
+            raise _unknown()
+        _log.info("delete accepted", request_id=request[REQUEST_ID], instance=instance.upstream_id)
+        return web.Response(status=204)
+
+    def _address(self, instance: Instance) -> str | None:
+        """The guest's address, while it has one; in user mode QEMU gives every guest the same."""
+        if not instance.live:
+            return None
+        if instance.grant.address is not None:
+            return str(instance.grant.address)
+        return _USER_MODE_ADDRESS
+
+
+def _check_content_type(request: web.Request) -> None:
+    """Refuse what is declared to be something else than JSON; no declaration is let pass."""
+    given = request.content_type
+    is_json = given == "application/json" or given.endswith("+json")
+    if "Content-Type" in request.headers and not is_json:
+        raise GpudError(Code.INVALID_REQUEST, "the body must be application/json")
+
+
+def _unknown() -> GpudError:
+    return GpudError(Code.INSTANCE_NOT_FOUND, "this server has no instance of that id")

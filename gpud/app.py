@@ -1,0 +1,160 @@
+"""Puts the daemon together and runs it: the only module that knows every other."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from uuid import UUID
+
+import aiohttp
+import structlog
+
+from gpud import __version__, listeners, systemd
+from gpud.api.admin import Admin
+from gpud.api.auth import Authenticator
+from gpud.api.routes import Routes
+from gpud.api.web import build_app, tls_context
+from gpud.config import Config
+from gpud.desk import OrderDesk
+from gpud.errors import Code, GpudError
+from gpud.guest.console import ConsoleLogs
+from gpud.guest.image import ImageStore
+from gpud.host import capacity
+from gpud.hypervisor.libvirtd import Hypervisor
+from gpud.inventory import Inventory
+from gpud.lifecycle.guests import GuestWatch
+from gpud.lifecycle.reconcile import Reconciler
+from gpud.lifecycle.steps import Steps
+from gpud.lifecycle.worker import Worker
+from gpud.model import Instance, Status
+from gpud.store import Store
+from gpud.telemetry import Metrics
+
+_log = structlog.get_logger()
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+async def serve(config: Config) -> None:
+    """Run the daemon until SIGTERM or SIGINT. Guests keep running after it.
+
+    Raises:
+        GpudError: It cannot start; the message says why.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in _STOP_SIGNALS:
+        loop.add_signal_handler(number, stop.set)
+    async with running(config):
+        _log.info("ready", version=__version__, port=config.server.port)
+        systemd.notify(f"READY=1\nSTATUS=serving on port {config.server.port}")
+        await stop.wait()
+        _log.info("stopping; guests keep running")
+        systemd.notify("STOPPING=1")
+
+
+@asynccontextmanager
+async def running(config: Config) -> AsyncIterator[None]:
+    """The daemon, up.
+
+    Raises:
+        GpudError: It cannot start.
+        ExceptionGroup: Something in the background ended that must not.
+    """
+    tls = tls_context(config.server.tls) if config.server.tls else None
+    for name, mode in (("images", 0o755), ("instances", 0o711), ("console", 0o700)):
+        _directory(config.state_dir / name, mode)
+    async with AsyncExitStack() as stack:
+        store = await Store.open(config.state_dir)
+        stack.push_async_callback(store.close)
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        authenticator = Authenticator(config.auth, session)
+        await authenticator.start()
+        stack.push_async_callback(authenticator.close)
+
+        metrics = Metrics()
+        images = ImageStore(config.state_dir / "images")
+        inventory = Inventory(config, partial(capacity.measure, config.state_dir))
+        await inventory.refresh()
+        hypervisor = Hypervisor(
+            config.libvirt.uri,
+            call_timeout_s=config.libvirt.call_timeout_s,
+            threads=config.libvirt.threads,
+        )
+        consoles = ConsoleLogs(config.state_dir / "console", config.guest.console_log_kib * 1024)
+        guests = GuestWatch(hypervisor, store, consoles, metrics)
+        steps = Steps(config, store, images, hypervisor, guests, metrics)
+        worker = Worker(store, steps.functions(), config.deadlines, metrics)
+        reconciler = Reconciler(config, store, hypervisor, consoles, metrics)
+        desk = OrderDesk(config, store, inventory, images, lambda: hypervisor.available, metrics)
+
+        store.subscribe(partial(_forget_console, consoles))
+        hypervisor.subscribe(lambda uuid, *_: _wake(worker, store, uuid))
+        hypervisor.on_connect(worker.wake_all)
+
+        await stack.enter_async_context(
+            _background(hypervisor.run(), inventory.run(), reconciler.run())
+        )
+        stack.push_async_callback(guests.close)
+        worker.start()
+        stack.push_async_callback(worker.close)
+
+        if config.metrics.enabled:
+            update = partial(_update_gauges, metrics, store, inventory, hypervisor)
+            await listeners.metrics(stack, config.metrics, metrics, update)
+        admin = Admin(store, desk, consoles)
+        await listeners.admin(stack, config.admin_socket_path, admin.build_app())
+        routes = Routes(desk, store, config.network, metrics)
+        app = build_app(config.server, routes, authenticator, metrics)
+        await listeners.api(stack, config.server, tls, app)
+        yield
+
+
+def _update_gauges(
+    metrics: Metrics, store: Store, inventory: Inventory, hypervisor: Hypervisor
+) -> None:
+    live = list(store.live.values())
+    for status in Status:
+        metrics.instances.labels(status.value).set(sum(one.status is status for one in live))
+    claimed = {gpu.address for one in live for gpu in one.grant.gpus}
+    metrics.gpus.clear()
+    for gpu in inventory.host.gpus:
+        state = "claimed" if gpu.address in claimed else "available"
+        metrics.gpus.labels(gpu.gpu_type, state).inc()
+    metrics.hypervisor_up.set(hypervisor.available)
+
+
+@asynccontextmanager
+async def _background(*work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Tasks that live as long as the daemon; if one ends with an error, so does the daemon."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one) for one in work]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+def _wake(worker: Worker, store: Store, domain_uuid: UUID) -> None:
+    for instance in store.live.values():
+        if instance.domain_uuid == domain_uuid:
+            worker.wake(instance.upstream_id)
+
+
+def _forget_console(consoles: ConsoleLogs, instance: Instance) -> None:
+    if instance.status is Status.TERMINATED:
+        consoles.remove(instance.upstream_id)
+
+
+def _directory(path: Path, mode: int) -> None:
+    try:
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+    except OSError as error:
+        raise GpudError(
+            Code.STATE_UNUSABLE, f"{path} cannot be made: {error.strerror}", hint="see state_dir"
+        ) from error

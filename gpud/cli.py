@@ -1,0 +1,177 @@
+"""The ``gpud`` command: the verbs an operator types."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from gpud import __version__, adminclient, app, tables
+from gpud.api.web import openapi_document
+from gpud.config import Config
+from gpud.configfile import load_config
+from gpud.dev import issuer
+from gpud.errors import GpudError
+from gpud.guest.image import ImageStore
+from gpud.telemetry import set_up_logging
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_config_option = click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("/etc/gpud/gpud.yaml"),
+    envvar="GPUD_CONFIG",
+    show_default=True,
+    show_envvar=True,
+    help="The daemon's configuration.",
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+class _Commands(click.Group):
+    """Shows an expected error as its own words, not as a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - click's signature
+        try:
+            return super().invoke(ctx)
+        except GpudError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="gpud")
+def main() -> None:
+    """Sell this server's GPUs: the Supplier API daemon for one GPU server."""
+
+
+@main.command()
+@_config_option
+def serve(config_file: Path) -> None:
+    """Run the daemon."""
+    config = load_config(config_file)
+    set_up_logging(config.log)
+    asyncio.run(app.serve(config))
+
+
+@main.group("config")
+def config_group() -> None:
+    """Work on configuration files."""
+
+
+@config_group.command("check")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+def config_check(file: Path) -> None:
+    """Judge a configuration FILE; every problem is shown at once."""
+    config = load_config(file)
+    shapes = sum(len(offer.gpu_counts) for offer in config.offers)
+    click.echo(f"{file}: ok, {shapes} shapes on offer")
+
+
+@main.command()
+@click.option("--all", "show_ended", is_flag=True, help="Also the newest ended ones.")
+@_config_option
+@_json_option
+def instances(config_file: Path, *, show_ended: bool, as_json: bool) -> None:
+    """List instances."""
+    path = "/instances?all=1" if show_ended else "/instances"
+    answer = adminclient.get(_socket(config_file), path)
+    tables.show(answer["instances"], tables.INSTANCES, "no instances", as_json=as_json)
+
+
+@main.command()
+@_config_option
+@_json_option
+def offers(config_file: Path, *, as_json: bool) -> None:
+    """List what is on offer, and how much of it could be sold right now."""
+    answer = adminclient.get(_socket(config_file), "/offers")
+    tables.show(answer["offerings"], tables.OFFERS, "nothing is on offer", as_json=as_json)
+
+
+@main.command()
+@click.argument("instance_id", metavar="ID")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the instance ends.")
+@_config_option
+def console(instance_id: str, config_file: Path, *, follow: bool) -> None:
+    """Show what the guest of instance ID has printed on its serial console."""
+    adminclient.copy(_socket(config_file), adminclient.console_path(instance_id, follow=follow),
+                     sys.stdout.buffer)  # fmt: skip
+
+
+@main.command()
+def openapi() -> None:
+    """Print the API's OpenAPI document."""
+    click.echo(openapi_document(), nl=False)
+
+
+@main.group()
+def image() -> None:
+    """Manage the guest images that instances are cloned from."""
+
+
+@image.command("add")
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--name", required=True, help="What guest.image in the configuration calls it.")
+@click.option("--sha256", help="What the file's checksum must be.")
+@_config_option
+def image_add(file: Path, name: str, sha256: str | None, config_file: Path) -> None:
+    """Copy a qcow2 or raw FILE into the image store."""
+    store = _images(load_config(config_file))
+    with tables.progress(f"adding {name}") as update:
+        added = asyncio.run(store.add(file, name, expected_sha256=sha256, progress=update))
+    click.echo(f"{name}: sha256 {added.digest}")
+
+
+@image.command("list")
+@_config_option
+@_json_option
+def image_list(config_file: Path, *, as_json: bool) -> None:
+    """List the images."""
+    images = [
+        {
+            "name": ", ".join(one.names) or "-",
+            "digest": one.digest,
+            "size_bytes": one.size_bytes,
+            "virtual_size_bytes": one.virtual_size_bytes,
+            "in_use_by": one.in_use_by,
+        }
+        for one in _images(load_config(config_file)).list()
+    ]
+    tables.show(images, tables.IMAGES, "no images; `gpud image add` adds one", as_json=as_json)
+
+
+@image.command("rm")
+@click.argument("name")
+@_config_option
+def image_rm(name: str, config_file: Path) -> None:
+    """Remove the image NAME; refused while an instance uses it."""
+    _images(load_config(config_file)).remove(name)
+    click.echo(f"{name}: removed")
+
+
+@main.group()
+def dev() -> None:
+    """Tools for development; never for a server that sells."""
+
+
+@dev.command("issuer")
+@click.option("--port", type=click.IntRange(0, 65535), default=9876, show_default=True)
+@click.option("--client-id", default="gpu-ai", show_default=True)
+@click.option("--client-secret", default="development", show_default=True)
+@click.option("--audience", default="gpud", show_default=True)
+def dev_issuer(port: int, client_id: str, client_secret: str, audience: str) -> None:
+    """Run a small OAuth2 token endpoint on loopback (client credentials, JWKS)."""
+    asyncio.run(issuer.serve("127.0.0.1", port, client_id, client_secret, audience))
+
+
+def _socket(config_file: Path) -> Path:
+    return load_config(config_file).admin_socket_path
+
+
+def _images(config: Config) -> ImageStore:
+    return ImageStore(config.state_dir / "images")

@@ -1,0 +1,149 @@
+"""The order desk: what is for sale right now, and the admission of an order."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import structlog
+
+from gpud import offers
+from gpud.config import Config
+from gpud.errors import Code, GpudError
+from gpud.guest.image import ImageStore
+from gpud.inventory import Inventory
+from gpud.model import Grant, Instance, Order, Status
+from gpud.offers import NoCapacity, Offering
+from gpud.store import Store
+from gpud.telemetry import Metrics
+
+_log = structlog.get_logger()
+
+_RETRY_AFTER_S = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The answer to an accepted order.
+
+    Attributes:
+        instance: The instance, new or from before.
+        replayed: True when the same order had been accepted earlier.
+        estimated_ready_s: Seconds until it will probably be running; 0 when there is nothing to wait for.
+    """
+
+    instance: Instance
+    replayed: bool
+    estimated_ready_s: int
+
+
+class OrderDesk:
+    """Sells this host.
+
+    Args:
+        config: Offers and prices.
+        store: Where orders are recorded.
+        inventory: What the host has.
+        images: Where the guest's image must be.
+        hypervisor_up: Whether libvirt answers at the moment.
+        metrics: Where orders and refusals are counted.
+        clock: Seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        inventory: Inventory,
+        images: ImageStore,
+        hypervisor_up: Callable[[], bool],
+        metrics: Metrics,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._inventory = inventory
+        self._images = images
+        self._hypervisor_up = hypervisor_up
+        self._metrics = metrics
+        self._clock = clock
+        self._cached_for: object = None
+        self._cached = b""
+
+    def offerings(self) -> list[Offering]:
+        """Every shape and tier on offer, also those with nothing available, with how many there are.
+
+        Nothing is available while libvirt is away or the guest image is missing.
+        """
+        host = self._inventory.host
+        all_offerings = offers.offerings(self._config, host, self._grants())
+        if self._hypervisor_up() and self._image_usable():
+            return all_offerings
+        return [replace(one, available_count=0, stock_status="Low") for one in all_offerings]
+
+    def available_json(self) -> bytes:
+        """Body of ``GET /v1/gpu/available``: what can be provisioned right now. Remembered until
+        an order changes something or the host is looked at anew.
+        """  # noqa: D205 - one sentence and its rider
+        now_for = (self._store.version, self._inventory.view, self._hypervisor_up())
+        if self._cached_for != now_for:
+            available = [one.as_json() for one in self.offerings() if one.available_count > 0]
+            self._cached = json.dumps({"offerings": available}).encode()
+            self._cached_for = now_for
+        return self._cached
+
+    async def order(self, order: Order) -> Accepted:
+        """Admit an order; it is durable when this returns.
+
+        Raises:
+            GpudError: The order is refused; nothing was recorded.
+        """
+        try:
+            admission = await self._store.admit(order, lambda grants: self._grant(order, grants))
+        except GpudError as error:
+            if isinstance(error, NoCapacity):
+                self._metrics.capacity_refusals.labels(error.shortage.value).inc()
+            self._metrics.orders.labels(error.code.value).inc()
+            raise
+        outcome = "replayed" if admission.replayed else "accepted"
+        self._metrics.orders.labels(outcome).inc()
+        estimate_s = admission.usual_boot_s or self._config.guest.estimated_ready_s
+        return Accepted(
+            admission.instance,
+            admission.replayed,
+            self._remaining_s(admission.instance, estimate_s),
+        )
+
+    def _grant(self, order: Order, grants: Sequence[Grant]) -> Grant:
+        """Decide inside the store's transaction; a repeat of an accepted order never comes here."""
+        if not self._hypervisor_up():
+            raise GpudError(
+                Code.HYPERVISOR_UNAVAILABLE,
+                "the hypervisor does not answer at the moment",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        offers.check_offered(self._config, order)
+        try:
+            image = self._images.resolve(self._config.guest.image)
+        except GpudError as error:
+            _log.error("order refused: the guest image cannot be used", error=str(error))
+            raise GpudError(Code.NO_CAPACITY, "this server has no usable guest image") from error
+        return offers.grant(self._config, self._inventory.host, grants, order, image.digest)
+
+    def _image_usable(self) -> bool:
+        try:
+            self._images.resolve(self._config.guest.image)
+        except GpudError:
+            return False
+        return True
+
+    def _grants(self) -> list[Grant]:
+        return [instance.grant for instance in self._store.live.values()]
+
+    def _remaining_s(self, instance: Instance, estimate_s: float) -> int:
+        if instance.status is not Status.CREATING:
+            return 0
+        return max(1, math.ceil(instance.created_at + estimate_s - self._clock()))

@@ -1,0 +1,127 @@
+"""Listens to running guests: what they print, and what they report of their startup script.
+
+Everything a guest sends is a tenant's word. A report only counts towards its own instance, lines have
+a length limit, and a guest that floods is read slowly: libvirt's streams hold it back, not our memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+
+import structlog
+
+from gpud.errors import GpudError
+from gpud.guest.console import ConsoleLogs
+from gpud.hypervisor.libvirtd import Hypervisor
+from gpud.hypervisor.stream import GuestStream
+from gpud.model import Instance
+from gpud.store import Store
+from gpud.telemetry import Metrics
+
+_log = structlog.get_logger()
+
+CHANNEL = "ai.gpu.gpud.0"
+"""Name of the virtio-serial port that guests report on."""
+
+_REPORT = re.compile(
+    rb"^gpud1 (started|exited) ([0-9a-f-]{36})(?: ([0-9]{1,3}))?\r?$", re.MULTILINE
+)
+_MAX_LINE_BYTES = 256
+Reader = Callable[[Instance], Awaitable[None]]
+
+_PAUSE_S = 0.05
+_PAUSE_AFTER_REPORT_S = 0.5
+
+
+class GuestWatch:
+    """Keeps one reader on the console and one on the report channel of every guest it is given."""
+
+    def __init__(
+        self, hypervisor: Hypervisor, store: Store, consoles: ConsoleLogs, metrics: Metrics
+    ) -> None:
+        self._hypervisor = hypervisor
+        self._store = store
+        self._consoles = consoles
+        self._metrics = metrics
+        self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._boot_ids: dict[str, bytes] = {}
+
+    def attach(self, instance: Instance) -> None:
+        """See that both readers of the instance's guest run; those that run already are left alone."""
+        readers: dict[str, Reader] = {
+            "console": self._keep_console,
+            "channel": self._take_reports,
+        }
+        for name, reader in readers.items():
+            task = self._tasks.get((instance.upstream_id, name))
+            if task is None or task.done():
+                self._tasks[instance.upstream_id, name] = asyncio.create_task(
+                    self._listen(instance, name, reader)
+                )
+
+    async def detach(self, upstream_id: str) -> None:
+        """Stop both readers of a guest."""
+        self._boot_ids.pop(upstream_id, None)
+        await self._end([key for key in self._tasks if key[0] == upstream_id])
+
+    async def close(self) -> None:
+        """Stop all readers. The guests do not notice: what they report waits for the next reader."""
+        await self._end(list(self._tasks))
+
+    async def _end(self, keys: list[tuple[str, str]]) -> None:
+        tasks = [self._tasks.pop(key) for key in keys]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _listen(self, instance: Instance, name: str, reader: Reader) -> None:
+        """Run one reader until its stream ends; the next :meth:`attach` starts it anew."""
+        try:
+            await reader(instance)
+        except GpudError as error:
+            _log.debug("guest stream not available", stream=name, error=str(error))
+        except OSError as error:
+            _log.error("guest output lost", stream=name, error=error.strerror)
+        except Exception:  # noqa: BLE001 - logged; the next attach starts the reader anew
+            _log.exception("guest reader failed", stream=name)
+
+    async def _keep_console(self, instance: Instance) -> None:
+        stream = await self._hypervisor.console(instance.domain_uuid)
+        async with aclosing(_chunks(stream)) as chunks:
+            async for output in chunks:
+                await asyncio.to_thread(self._consoles.append, instance.upstream_id, output)
+
+    async def _take_reports(self, instance: Instance) -> None:
+        stream = await self._hypervisor.channel(instance.domain_uuid, CHANNEL)
+        rest = b""
+        async with aclosing(_chunks(stream)) as chunks:
+            async for chunk in chunks:
+                lines, _, rest = (rest + chunk).rpartition(b"\n")
+                rest = rest[-_MAX_LINE_BYTES:]
+                for found in _REPORT.finditer(lines):
+                    await self._take(instance.upstream_id, *found.groups())
+                    await asyncio.sleep(_PAUSE_AFTER_REPORT_S)
+
+    async def _take(
+        self, upstream_id: str, what: bytes, boot_id: bytes, exit_code: bytes | None
+    ) -> None:
+        if what == b"started" and self._boot_ids.get(upstream_id) != boot_id:
+            await self._store.guest_booted(upstream_id)
+            self._boot_ids[upstream_id] = boot_id
+        elif what == b"exited" and exit_code is not None:
+            code = int(exit_code)
+            self._metrics.script_exits.labels("ok" if code == 0 else "failed").inc()
+            _log.info("startup script ended", exit_code=code)
+            await self._store.script_exited(upstream_id, code)
+
+
+async def _chunks(stream: GuestStream) -> AsyncGenerator[bytes, None]:
+    try:
+        while chunk := await stream.read():
+            yield chunk
+            await asyncio.sleep(_PAUSE_S)
+    finally:
+        await stream.close()

@@ -1,0 +1,126 @@
+"""Holds the record against what is really there, and removes what belongs to no live instance.
+
+Only gpud's own things are looked at: domains that carry this state's owner mark, and files in its own
+directories. Every check looks at the record again right before it acts, so an order that arrives
+meanwhile is never taken for an orphan.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+
+import structlog
+
+from gpud.config import Config
+from gpud.errors import GpudError
+from gpud.guest import disk
+from gpud.guest.console import ConsoleLogs
+from gpud.guest.disk import InstanceFiles
+from gpud.hypervisor.libvirtd import Hypervisor
+from gpud.lifecycle.steps import network_spec
+from gpud.model import DOMAIN_PREFIX, UPSTREAM_ID, Status
+from gpud.store import Store
+from gpud.telemetry import Metrics
+
+_log = structlog.get_logger()
+
+_EVERY_S = 300.0
+_CONSOLES_OF_FAILED = 20
+
+
+class Reconciler:
+    """Finds orphans at start and every few minutes."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        hypervisor: Hypervisor,
+        consoles: ConsoleLogs,
+        metrics: Metrics,
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._hypervisor = hypervisor
+        self._consoles = consoles
+        self._metrics = metrics
+
+    async def run(self) -> None:
+        """Reconcile for as long as the daemon lives."""
+        while True:
+            await self._hypervisor.wait_available()
+            try:
+                await self.once()
+            except (GpudError, OSError) as error:
+                _log.warning("reconcile failed; it is tried again", error=str(error))
+            except Exception:  # noqa: BLE001 - a defect here must not end the daemon
+                _log.exception("reconcile failed unexpectedly; it is tried again")
+            await asyncio.sleep(_EVERY_S)
+
+    async def once(self) -> None:
+        """Look at everything once.
+
+        What cannot be removed is logged, holds up nothing else, and is tried again the next time.
+
+        Raises:
+            GpudError: libvirt could not be asked.
+        """
+        still_running = await self._domains()
+        await self._files(still_running)
+        await self._console_logs()
+        await self._leases(still_running)
+
+    async def _domains(self) -> set[str]:
+        """End orphan domains; returns those that cannot be ended, whose files and leases stay too."""
+        still_running = set()
+        for domain in await self._hypervisor.domains():
+            identity = domain.identity
+            if identity is None or identity.owner != self._store.owner:
+                continue
+            if identity.upstream_id not in self._store.live:
+                end = self._hypervisor.stop(domain.uuid)
+                if not await self._remove("domain", domain.name, end):
+                    still_running.add(identity.upstream_id)
+        return still_running
+
+    async def _leases(self, still_running: set[str]) -> None:
+        network = self._config.network
+        if network.mode != "network":
+            return
+        await self._hypervisor.ensure_network(network_spec(self._config))
+        for lease in await self._hypervisor.leases(network.name):
+            upstream_id = lease.name.removeprefix(DOMAIN_PREFIX)
+            ours = lease.name.startswith(DOMAIN_PREFIX) and UPSTREAM_ID.fullmatch(upstream_id)
+            if ours and upstream_id not in {*self._store.live, *still_running}:
+                removal = self._hypervisor.remove_lease(network.name, lease.mac)
+                await self._remove("lease", lease.name, removal)
+
+    async def _files(self, still_running: set[str]) -> None:
+        directory = self._config.state_dir / "instances"
+        names = [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
+        for name in names:
+            if UPSTREAM_ID.fullmatch(name) and name not in {*self._store.live, *still_running}:
+                removal = disk.remove(InstanceFiles.of(self._config.state_dir, name))
+                await self._remove("directory", name, removal)
+
+    async def _console_logs(self) -> None:
+        """Keep the consoles of live instances, and of the newest that failed and were not deleted."""
+        kept = self._consoles.kept()
+        if kept <= set(self._store.live):
+            return
+        failed = [one.upstream_id for one in await self._store.recent(1000)
+                  if one.status is Status.ERROR][:_CONSOLES_OF_FAILED]  # fmt: skip
+        for upstream_id in kept - set(failed):
+            if upstream_id not in self._store.live:
+                self._consoles.remove(upstream_id)
+
+    async def _remove(self, kind: str, name: str, removal: Awaitable[None]) -> bool:
+        try:
+            await removal
+        except GpudError as error:
+            _log.error("orphan cannot be removed", kind=kind, name=name, error=str(error))
+            return False
+        _log.warning("orphan removed", kind=kind, name=name)
+        self._metrics.orphans.labels(kind).inc()
+        return True

@@ -1,0 +1,88 @@
+"""How the command shows lists: as tables for people, as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+Row = Mapping[str, Any]
+Column = tuple[str, Callable[[Row], str]]
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB"
+
+
+def _duration(seconds: int) -> str:
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds % 60:02} s"
+
+
+INSTANCES: Sequence[Column] = (
+    ("ID", lambda row: row["upstream_id"]),
+    ("INSTANCE", lambda row: row["instance_id"]),
+    ("STATUS", lambda row: row["status"]),
+    ("STEP", lambda row: row["step"]),
+    ("GPUS", lambda row: f"{row['gpu_type']} x{len(row['gpus'])}"),
+    ("ADDRESS", lambda row: row["address"] or "-"),
+    ("UPTIME", lambda row: _duration(row["uptime_seconds"])),
+    ("USD/H", lambda row: f"{row['cost_per_hour']:.2f}"),
+    ("NOTE", lambda row: row["failure"] or ""),
+)
+OFFERS: Sequence[Column] = (
+    ("GPU TYPE", lambda row: row["gpu_type"]),
+    ("GPUS", lambda row: str(row["gpu_count"])),
+    ("TIER", lambda row: row["tier"]),
+    ("CORES", lambda row: str(row["cpu_cores"])),
+    ("RAM GB", lambda row: str(row["ram_gb"])),
+    ("DISK GB", lambda row: str(row["storage_gb"])),
+    ("USD/H", lambda row: f"{row['price_per_hour']:.2f}"),
+    ("STOCK", lambda row: row["stock_status"] if row["available_count"] else "sold out"),
+    ("AVAILABLE", lambda row: str(row["available_count"])),
+)
+IMAGES: Sequence[Column] = (
+    ("NAME", lambda row: row["name"]),
+    ("SHA256", lambda row: row["digest"][:16]),
+    ("SIZE", lambda row: _size(row["size_bytes"])),
+    ("DISK", lambda row: _size(row["virtual_size_bytes"])),
+    ("IN USE BY", lambda row: str(row["in_use_by"])),
+)
+
+
+def show(rows: Sequence[Row], columns: Sequence[Column], empty: str, *, as_json: bool) -> None:
+    """Print ``rows`` to standard output; ``empty`` is said when there are none."""
+    console = Console(highlight=False)
+    if as_json:
+        console.file.write(json.dumps(rows, indent=2) + "\n")
+        return
+    if not rows:
+        console.print(empty)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading, _ in columns:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        # Text, so that nothing in a value is taken for rich's markup.
+        table.add_row(*(Text(cell(row)) for _, cell in columns))
+    console.print(table)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on standard error; yields what takes (bytes done, bytes in all)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
