@@ -231,11 +231,12 @@ class Libvirt(Section):
 class Network(Section):
     """How a guest reaches the network.
 
-    ``user``: QEMU's own NAT; no privileges, nobody reaches in. ``network``: the libvirt network
-    ``name``, one address of ``first_address``..``last_address`` per instance.
+    ``network``: the libvirt network ``name``, one address of ``first_address``..``last_address`` per
+    instance. ``user``: QEMU's own NAT, for development: it needs no privileges and nobody reaches in,
+    but a guest reaches what listens on the host's loopback, at 10.0.2.2.
     """
 
-    mode: Literal["user", "network"] = "user"
+    mode: Literal["user", "network"] = "network"
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,14}$")] = "gpud"
     subnet: IPv4Network = IPv4Network("10.77.0.0/24")
     first_address: IPv4Address | None = None

@@ -170,7 +170,7 @@ def _file(path: str, content: str, permissions: str) -> dict[str, str]:
 class _Dumper(yaml.SafeDumper):
     """Writes texts of several lines as blocks, and says everything in full."""
 
-    def ignore_aliases(self, data: object) -> bool:
+    def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002 - PyYAML's signature
         return True
 
 

@@ -219,7 +219,10 @@ def test_plain_http_is_accepted_for_loopback(url: str) -> None:
 
 def test_a_price_keeps_its_digits() -> None:
     config = parse_config(with_section(f"offers: [{OFFER % ('l40s', '3.49')}]"))
-    assert str(config.offers[0].price_per_gpu_hour) == "{<Tier.ON_DEMAND: 'on_demand'>: Decimal('3.49')}"
+    assert (
+        str(config.offers[0].price_per_gpu_hour)
+        == "{<Tier.ON_DEMAND: 'on_demand'>: Decimal('3.49')}"
+    )
 
 
 def test_text_that_is_no_mapping_is_refused() -> None:

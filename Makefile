@@ -1,0 +1,59 @@
+# Two commands: `make demo` and `make test`. Each sets up all it needs and is quick the second time.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# QEMU of root's libvirtd runs as another user, which cannot look into /root.
+ifeq ($(shell id -u),0)
+CACHE ?= /var/cache/gpud
+else
+CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gpud
+endif
+IMAGE := $(CACHE)/guest-$(shell sha256sum tests/guest/build.sh | cut -c1-12).qcow2
+export GPUD_TEST_IMAGE := $(IMAGE)
+
+.PHONY: help setup demo test lint unit machine measure-boot clean
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
+
+setup: ## packages, virtual environment, libvirtd, guest image
+	@tests/setup.sh
+	@$(MAKE) --no-print-directory $(VENV)/.ready $(IMAGE)
+
+$(VENV)/.ready: pyproject.toml
+	@echo "setup: virtual environment" >&2
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	@$(BIN)/python -m pip install --quiet --editable . --group dev
+	@touch $@
+
+$(IMAGE): tests/guest/build.sh
+	@mkdir -p $(CACHE)
+	@tests/guest/build.sh $@
+
+demo: setup ## an order's whole way, on this machine; KEEP=1 leaves it running
+	@$(BIN)/python -m tests.machine.demo $(if $(KEEP),--keep)
+
+test: setup ## everything: linters, types, layering, unit and machine tests
+	@$(MAKE) --no-print-directory lint unit machine
+
+lint: $(VENV)/.ready ## linters, types, layering
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	shellcheck tests/setup.sh tests/guest/build.sh .ci/run cloud-init/*.sh
+
+unit: $(VENV)/.ready ## unit tests, with coverage
+	$(BIN)/pytest tests/unit --cov --cov-report=term
+
+machine: setup ## tests on real libvirt and QEMU
+	$(BIN)/pytest tests/machine -v -s --timeout=900
+
+measure-boot: setup ## order to startup script, against a plain runcmd seed; a quarter of an hour
+	@$(BIN)/python -m tests.machine.measure_boot
+
+clean: ## forget the virtual environment and caches; the guest image stays in $(CACHE)
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .coverage
