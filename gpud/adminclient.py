@@ -59,12 +59,24 @@ async def _asked(socket: Path, path: str) -> AsyncIterator[aiohttp.ClientRespons
             session.get(f"http://gpud{path}") as response,
         ):
             if response.status != 200:  # noqa: PLR2004
-                body = await response.json(content_type=None)
-                raise GpudError(Code(body["code"]), body["detail"])
+                raise await _refusal(response)
             yield response
     except aiohttp.ClientConnectorError as error:
+        denied = isinstance(error.os_error, PermissionError)
         raise GpudError(
             Code.STATE_UNUSABLE,
             f"no daemon answers on {socket}: {error.os_error.strerror}",
-            hint="`systemctl status gpud` tells whether it runs",
+            hint="ask as root, or as a member of the daemon's group"
+            if denied
+            else "`systemctl status gpud` tells whether it runs",
         ) from error
+    except aiohttp.ClientError as error:
+        raise GpudError(Code.STATE_UNUSABLE, "the daemon broke off its answer") from error
+
+
+async def _refusal(response: aiohttp.ClientResponse) -> GpudError:
+    try:
+        body = await response.json(content_type=None)
+        return GpudError(Code(body["code"]), body["detail"])
+    except (ValueError, KeyError, TypeError):
+        return GpudError(Code.INTERNAL, f"the daemon answered {response.status}; see its log")

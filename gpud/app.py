@@ -63,7 +63,7 @@ async def running(config: Config) -> AsyncIterator[None]:
 
     Raises:
         GpudError: It cannot start.
-        ExceptionGroup: Something in the background ended that must not.
+        Exception: Something in the background ended that must not.
     """
     tls = tls_context(config.server.tls) if config.server.tls else None
     for name, mode in (("images", 0o755), ("instances", 0o711), ("console", 0o700)):
@@ -131,13 +131,19 @@ def _update_gauges(
 @asynccontextmanager
 async def _background(*work: Coroutine[None, None, None]) -> AsyncIterator[None]:
     """Tasks that live as long as the daemon; if one ends with an error, so does the daemon."""
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one) for one in work]
-        try:
-            yield
-        finally:
-            for task in tasks:
-                task.cancel()
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+            try:
+                yield
+            finally:
+                for task in tasks:
+                    task.cancel()
+    except ExceptionGroup as errors:
+        # One error, which is the rule, is told as itself and not as a group of one.
+        if len(errors.exceptions) == 1:
+            raise errors.exceptions[0] from None
+        raise
 
 
 def _wake(worker: Worker, store: Store, domain_uuid: UUID) -> None:

@@ -124,7 +124,7 @@ def image_add(file: Path, name: str, sha256: str | None, config_file: Path) -> N
     store = _images(load_config(config_file))
     with tables.progress(f"adding {name}") as update:
         added = asyncio.run(store.add(file, name, expected_sha256=sha256, progress=update))
-    click.echo(f"{name}: sha256 {added.digest}")
+    click.echo(f"{name}: {added.digest}")
 
 
 @image.command("list")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import structlog
 
 from gpud.config import Config, StandIns
+from gpud.errors import GpudError
 from gpud.host.capacity import Capacity
 from gpud.model import Gpu, Host, PciAddress
 
@@ -38,7 +39,7 @@ class Inventory:
         """Look at the host anew.
 
         Raises:
-            OSError: Its capacity cannot be read; the former view stays.
+            GpudError, OSError: Its capacity cannot be read; the former view stays.
         """
         capacity = await asyncio.to_thread(self._measure)
         reserve, network = self._config.host_reserve, self._config.network
@@ -57,7 +58,7 @@ class Inventory:
             await asyncio.sleep(_REFRESH_S)
             try:
                 await self.refresh()
-            except OSError as error:
+            except (GpudError, OSError) as error:
                 _log.error("the host's capacity cannot be read", error=str(error))
 
 

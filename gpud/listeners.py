@@ -84,7 +84,8 @@ async def admin(stack: AsyncExitStack, path: Path, app: web.Application) -> None
     Raises:
         GpudError: ``CONFIG_INVALID``: the socket cannot be made there.
     """
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
+    # Without cancellation, who follows a silent console and goes away would be served for ever.
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1, handler_cancellation=True)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     listener = _unix_socket(path)
@@ -95,7 +96,9 @@ async def admin(stack: AsyncExitStack, path: Path, app: web.Application) -> None
 def _unix_socket(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX)
     try:
-        path.unlink(missing_ok=True)
+        # Of an earlier daemon; the state's lock tells that it no longer runs.
+        if path.is_socket():
+            path.unlink()
         listener.bind(str(path))
         path.chmod(0o660)
     except OSError as error:
@@ -103,7 +106,7 @@ def _unix_socket(path: Path) -> socket.socket:
         raise GpudError(
             Code.CONFIG_INVALID,
             f"admin_socket: {path} cannot be made: {error.strerror or error}",
-            hint="a socket's path has at most 107 characters",
+            hint="its path must be free, and has at most 107 characters",
         ) from error
     return listener
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from rich.text import Text
 
 Row = Mapping[str, Any]
 Column = tuple[str, Callable[[Row], str]]
+
+_WIDE = 500
 
 
 def _size(size_bytes: int) -> str:
@@ -58,7 +61,8 @@ IMAGES: Sequence[Column] = (
 
 def show(rows: Sequence[Row], columns: Sequence[Column], empty: str, *, as_json: bool) -> None:
     """Print ``rows`` to standard output; ``empty`` is said when there are none."""
-    console = Console(highlight=False)
+    # Where nobody looks at a screen, a row is a line: an id that is cut cannot be searched for.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
     if as_json:
         console.file.write(json.dumps(rows, indent=2) + "\n")
         return

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from gpud.errors import Code, GpudError, Problem
-from gpud.model import GuestInput, Instance, Order, Status, Tier
+from gpud.model import UPSTREAM_ID, GuestInput, Instance, Order, Status, Tier
 from gpud.offers import as_number
 
 INSTANCE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@=+~-]{0,127}")
@@ -40,6 +40,8 @@ def _instance_id(value: str) -> str:
     if INSTANCE_ID.fullmatch(value) is None:
         raise ValueError("must be 1 to 128 letters, digits or . _ : @ = + ~ -, and begin with "
                          "a letter or digit")  # fmt: skip
+    if UPSTREAM_ID.fullmatch(value) is not None:
+        raise ValueError("has the form of this server's own ids")
     return value
 
 

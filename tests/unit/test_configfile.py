@@ -176,13 +176,13 @@ def test_what_cannot_be_is_refused(section: str, key: str, words: str) -> None:
         ("{issuer: a, audience: [b], jwks_url: 'ftp://x'}", "auth.jwks_url", "not an http(s) URL"),
         ("{issuer: a, audience: []}", "auth.audience", "at least 1"),
         ("{issuer: '', audience: [b]}", "auth.issuer", "at least 1"),
-        ("{issuer: a, audience: [b], introspection: {url: 'https://x/i', client_id: c,"
-         " client_secret: {}}}", "auth.introspection.client_secret.credential", "exactly one"),
-        ("{issuer: a, audience: [b], introspection: {url: 'https://x/i', client_id: c,"
-         " client_secret: {file: /a, credential: b}}}",
+        (("{issuer: a, audience: [b], introspection: {url: 'https://x/i', client_id: c,"
+         " client_secret: {}}}"), "auth.introspection.client_secret.credential", "exactly one"),
+        (("{issuer: a, audience: [b], introspection: {url: 'https://x/i', client_id: c,"
+         " client_secret: {file: /a, credential: b}}}"),
          "auth.introspection.client_secret.credential", "exactly one"),
-        ("{issuer: a, audience: [b], introspection: {url: 'https://x/i', client_id: c,"
-         " client_secret: hunter2}}", "auth.introspection.client_secret", "object"),
+        (("{issuer: a, audience: [b], introspection: {url: 'https://x/i', client_id: c,"
+         " client_secret: hunter2}}"), "auth.introspection.client_secret", "object"),
     ],
 )  # fmt: skip
 def test_auth_is_judged(auth: str, key: str, words: str) -> None:

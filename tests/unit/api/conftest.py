@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,68 +16,19 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from cryptography.hazmat.primitives.asymmetric import rsa
 from structlog.testing import capture_logs
-from yarl import URL
 
 from gpud.api.auth import Authenticator
-from gpud.config import Auth
 from gpud.api.routes import Routes
 from gpud.api.web import build_app
+from gpud.config import Auth
 from gpud.dev.issuer import JWKS_PATH, Issuer, new_key
 from gpud.guest.image import ImageStore
-from tests.unit.contract import Answer, check_request, check_response
+from tests.unit.client import Client, OpenClient
 from tests.unit.service import NOW, Clock, Service, config_from, images, running_service
 
 __all__ = ["images"]  # a fixture that the tests beside this folder use too
 
-ORDER = {"gpu_type": "h100_sxm", "gpu_count": 1, "tier": "on_demand"}
-
 Eventually = Callable[[Callable[[], object]], Awaitable[None]]
-
-class Client:
-    """Calls the API as GPU.ai does; what comes back is always held against the OpenAPI document."""
-
-    def __init__(self, session: aiohttp.ClientSession, url: URL, token: str) -> None:
-        self._session = session
-        self._url = url
-        self.token = token
-
-    async def ask(
-        self,
-        method: str,
-        path: str,
-        *,
-        data: Any = None,
-        headers: dict[str, str] | None = None,
-        token: str | None = "",
-    ) -> Answer:
-        """Send a request; ``token`` None sends none, and "" sends the good one."""
-        sent = {} if token is None else {"Authorization": f"Bearer {token or self.token}"}
-        url = URL(f"{self._url.origin()}{path}", encoded=True)
-        async with self._session.request(
-            method, url, data=data, headers={**sent, **(headers or {})}
-        ) as response:
-            answer = Answer(response.status, response.headers, await response.read())
-        check_response(method, path, answer)
-        return answer
-
-    async def get(self, path: str, **more: Any) -> Answer:
-        return await self.ask("GET", path, **more)
-
-    async def delete(self, path: str, **more: Any) -> Answer:
-        return await self.ask("DELETE", path, **more)
-
-    async def post(self, body: Any, **more: Any) -> Answer:
-        """Send an order: bytes as they are, anything else as JSON."""
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json", **more.pop("headers", {})}
-        answer = await self.ask("POST", "/v1/instances", data=data, headers=headers, **more)
-        if answer.status == 201 and not isinstance(body, bytes):
-            check_request("POST", "/v1/instances", body)
-        return answer
-
-    async def order(self, instance_id: str = "gpuai-1", **fields: Any) -> Answer:
-        """Order one H100, or what ``fields`` say."""
-        return await self.post({**ORDER, "instance_id": instance_id, **fields})
 
 
 class IssuerHost:
@@ -211,7 +162,7 @@ def eventually() -> Eventually:
 
     async def wait(condition: Callable[[], object]) -> None:
         async with asyncio.timeout(10):
-            while not condition():  # noqa: ASYNC110 - the condition is the code's own, not an event
+            while not condition():
                 await asyncio.sleep(0.001)
 
     return wait
@@ -246,17 +197,30 @@ async def service(
 
 
 @pytest.fixture
-async def client(
+async def open_client(
     service: Service,
-    authenticator: Authenticator,
+    build: Callable[..., Authenticator],
     issuer: Issuer,
     session: aiohttp.ClientSession,
     clock: Clock,
-) -> AsyncIterator[Client]:
-    """The whole API behind a real listener."""
-    config = service.config
-    routes = Routes(service.desk, service.store, config.network, service.metrics, clock)
-    server = TestServer(build_app(config.server, routes, authenticator, service.metrics))
-    await server.start_server(access_log=None)
-    yield Client(session, server.make_url("/"), issuer.mint())
-    await server.close()
+) -> AsyncIterator[OpenClient]:
+    """Put the whole API behind a real listener; keyword arguments go into the ``auth`` section."""
+    async with AsyncExitStack() as stack:
+
+        async def start(**auth: Any) -> Client:
+            authenticator = build(**auth)
+            await authenticator.start()
+            config = service.config
+            routes = Routes(service.desk, service.store, config.network, service.metrics, clock)
+            app = build_app(config.server, routes, authenticator, service.metrics)
+            server = TestServer(app)
+            await server.start_server(access_log=None)
+            stack.push_async_callback(server.close)
+            return Client(session, server.make_url("/"), issuer.mint(scope="gpu"))
+
+        yield start
+
+
+@pytest.fixture
+async def client(open_client: OpenClient) -> Client:
+    return await open_client()

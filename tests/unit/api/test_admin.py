@@ -1,0 +1,182 @@
+"""The operator's side door: lists and consoles over HTTP, as the gpud command asks for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp.test_utils import TestServer
+
+from gpud.api import admin
+from gpud.api.admin import Admin
+from gpud.guest.console import ConsoleLogs
+from tests.unit.service import Service, make_ended, make_failed, make_running, order
+
+
+@pytest.fixture
+def consoles(tmp_path: Path) -> ConsoleLogs:
+    return ConsoleLogs(tmp_path / "console", 64 * 1024)
+
+
+@pytest.fixture
+async def door(service: Service, consoles: ConsoleLogs, clock: Any) -> AsyncIterator[TestServer]:
+    server = TestServer(Admin(service.store, service.desk, consoles, clock).build_app())
+    await server.start_server(access_log=None)
+    yield server
+    await server.close()
+
+
+class Operator:
+    def __init__(self, session: aiohttp.ClientSession, door: TestServer) -> None:
+        self.session = session
+        self.door = door
+
+    async def get(self, path: str) -> Any:
+        async with self.session.get(self.door.make_url(path)) as response:
+            return await response.json(content_type=None)
+
+
+@pytest.fixture
+def operator(session: aiohttp.ClientSession, door: TestServer) -> Operator:
+    return Operator(session, door)
+
+
+async def new_instance(service: Service, instance_id: str = "gpuai-1") -> str:
+    return (await service.desk.order(order(instance_id))).instance.upstream_id
+
+
+async def test_an_instance_is_shown_in_full(
+    service: Service, operator: Operator, clock: Any
+) -> None:
+    upstream_id = await new_instance(service)
+    await make_running(service, upstream_id)
+    await service.store.script_exited(upstream_id, 3)
+    clock.advance(75)
+    assert await operator.get("/instances") == {
+        "instances": [
+            {
+                "upstream_id": upstream_id,
+                "instance_id": "gpuai-1",
+                "status": "running",
+                "step": "running",
+                "in_step_seconds": 75,
+                "gpu_type": "h100_sxm",
+                "gpus": ["ffffffff:00:00.0"],
+                "tier": "on_demand",
+                "cpu_cores": 4,
+                "memory_mib": 16384,
+                "storage_gib": 100,
+                "address": None,
+                "cost_per_hour": 3.49,
+                "uptime_seconds": 75,
+                "script_exit_code": 3,
+                "restarts": 0,
+                "failure": None,
+            }
+        ]
+    }
+
+
+@pytest.mark.parametrize(
+    "settings", [{"network": {"mode": "network", "subnet": "10.9.0.0/29"}}], ids=[""]
+)
+async def test_an_address_of_its_own_is_shown(service: Service, operator: Operator) -> None:
+    await new_instance(service)
+    assert (await operator.get("/instances"))["instances"][0]["address"] == "10.9.0.2"
+
+
+async def test_ended_instances_are_shown_when_asked_for(
+    service: Service, operator: Operator, clock: Any
+) -> None:
+    first = await new_instance(service, "gpuai-1")
+    await make_failed(service, first, "no boot")
+    await make_ended(service, first)
+    clock.advance(1)
+    second = await new_instance(service, "gpuai-2")
+    live = await operator.get("/instances")
+    assert [one["upstream_id"] for one in live["instances"]] == [second]
+    all_of_them = await operator.get("/instances?all=1")
+    assert [one["upstream_id"] for one in all_of_them["instances"]] == [first, second]
+    assert all_of_them["instances"][0]["failure"] == "no boot"
+
+
+async def test_offers_are_shown_with_those_that_are_sold_out(
+    service: Service, operator: Operator
+) -> None:
+    await new_instance(service)
+    shown = (await operator.get("/offers"))["offerings"]
+    assert [one["available_count"] for one in shown] == [1, 1, 0, 0]
+    service.hypervisor.up = False
+    shown = (await operator.get("/offers"))["offerings"]
+    assert {(one["available_count"], one["stock_status"]) for one in shown} == {(0, "Low")}
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("/instances/none/console", "instance_not_found"),
+        ("/nothing", "not_found"),
+        ("/instances/..%2f..%2fetc%2fpasswd/console", "instance_not_found"),
+    ],
+)
+async def test_a_refusal_is_a_problem(operator: Operator, path: str, code: str) -> None:
+    assert (await operator.get(path))["code"] == code
+
+
+async def test_a_console_is_shown_by_either_id(
+    service: Service, consoles: ConsoleLogs, door: TestServer, session: aiohttp.ClientSession
+) -> None:
+    upstream_id = await new_instance(service)
+    consoles.append(upstream_id, b"\x1b[31mboot\xff\n")
+    for either_id in (upstream_id, "gpuai-1"):
+        async with session.get(door.make_url(f"/instances/{either_id}/console")) as response:
+            assert await response.read() == b"\x1b[31mboot\xff\n"
+            assert response.content_type == "application/octet-stream"
+
+
+async def test_a_console_without_output_is_empty(
+    service: Service, door: TestServer, session: aiohttp.ClientSession
+) -> None:
+    await new_instance(service)
+    async with session.get(door.make_url("/instances/gpuai-1/console")) as response:
+        assert await response.read() == b""
+
+
+async def test_a_console_is_followed_from_its_first_byte_to_the_end(
+    service: Service,
+    consoles: ConsoleLogs,
+    door: TestServer,
+    session: aiohttp.ClientSession,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(admin, "_FOLLOW_EVERY_S", 0.005)
+    upstream_id = await new_instance(service)
+    url = door.make_url("/instances/gpuai-1/console?follow=1")
+    async with session.get(url) as response:
+        for said in (b"login: ", b"login: ", b"\nmore\n"):
+            await asyncio.sleep(0.015)
+            consoles.append(upstream_id, said)
+            assert await response.content.readexactly(len(said)) == said
+        await make_ended(service, upstream_id)
+        assert await response.content.read() == b""
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "added"),
+    [
+        (b"", b"", b""),
+        (b"", b"new", b"new"),
+        (b"old", b"old", b""),
+        (b"old", b"old new", b" new"),
+        (b"a\n", b"a\na\n", b"a\n"),
+        (b"dropped" + b"kept" * 1024, b"kept" * 1024 + b"new", b"new"),
+        (b"forgotten", b"", b""),
+        (b"all dropped", b"new", b"new"),
+    ],
+)
+def test_only_what_is_new_is_added(before: bytes, now: bytes, added: bytes) -> None:
+    assert admin._added(before, now) == added

@@ -1,0 +1,125 @@
+"""The desk on its own: admission from the real store, and what it counts and remembers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gpud.errors import Code, GpudError
+from gpud.guest.image import ImageStore
+from gpud.host.capacity import Capacity
+from gpud.model import Tier
+from tests.unit.service import (
+    Clock,
+    Service,
+    config_from,
+    images,
+    make_ended,
+    make_running,
+    order,
+    running_service,
+)
+
+__all__ = ["images"]  # a fixture
+
+
+@pytest.fixture
+async def service(tmp_path: Path, images: ImageStore) -> AsyncIterator[Service]:
+    async with running_service(config_from(tmp_path), images, Clock()) as service:
+        yield service
+
+
+async def refusal(service: Service, **changes: object) -> Code:
+    with pytest.raises(GpudError) as refused:
+        await service.desk.order(order("other", **changes))
+    assert await service.store.find("other") is None
+    return refused.value.code
+
+
+async def test_an_order_gets_the_image_as_it_is_now(service: Service) -> None:
+    accepted = await service.desk.order(order())
+    assert accepted.instance.grant.image_digest == service.images.resolve("base").digest
+    assert accepted.estimated_ready_s == 180
+    assert not accepted.replayed
+
+
+async def test_each_refusal_is_counted_by_its_code(service: Service) -> None:
+    assert await refusal(service, gpu_count=9) is Code.NOT_OFFERED
+    await service.desk.order(order(gpu_count=2))
+    assert await refusal(service) is Code.NO_CAPACITY
+    service.hypervisor.up = False
+    assert await refusal(service) is Code.HYPERVISOR_UNAVAILABLE
+    for code in ("not_offered", "no_capacity", "hypervisor_unavailable", "accepted"):
+        assert service.metric("gpud_orders_total", outcome=code) == 1
+    assert service.metric("gpud_capacity_refusals_total", shortage="gpus") == 1
+
+
+async def test_what_is_never_sold_is_told_even_where_all_is_sold_out(service: Service) -> None:
+    await service.desk.order(order(gpu_count=2))
+    assert await refusal(service, tier=Tier.SPOT, region="EU") is Code.NOT_OFFERED
+
+
+async def test_the_estimate_is_the_upper_quartile_of_recent_boots(service: Service) -> None:
+    for seconds in (10, 20, 30, 40):
+        upstream_id = (await service.desk.order(order(f"boot-{seconds}"))).instance.upstream_id
+        service.clock.advance(seconds)
+        await make_running(service, upstream_id)
+        await make_ended(service, upstream_id)
+    assert (await service.desk.order(order())).estimated_ready_s == 40
+    assert (await service.desk.order(order("big", gpu_count=1, tier=Tier.SPOT))).replayed is False
+
+
+async def test_a_shape_that_never_booted_has_the_configured_estimate(service: Service) -> None:
+    upstream_id = (await service.desk.order(order("one"))).instance.upstream_id
+    service.clock.advance(5)
+    await make_running(service, upstream_id)
+    await make_ended(service, upstream_id)
+    assert (await service.desk.order(order(gpu_count=2))).estimated_ready_s == 180
+
+
+async def test_the_offerings_and_the_bytes_sent_agree(service: Service) -> None:
+    await service.desk.order(order())
+    assert [one.available_count for one in service.desk.offerings()] == [1, 1, 0, 0]
+    assert service.desk.available_json().count(b'"available_count": 1') == 2
+    assert b'"available_count": 0' not in service.desk.available_json()
+
+
+@settings(
+    max_examples=8,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    cpu_cores=st.integers(0, 20),
+    memory_gib=st.integers(0, 80),
+    held=st.integers(0, 2),
+    count=st.sampled_from([1, 2]),
+)
+async def test_as_many_orders_are_accepted_as_were_said_to_be_available(
+    tmp_path_factory: pytest.TempPathFactory,
+    images: ImageStore,
+    cpu_cores: int,
+    memory_gib: int,
+    held: int,
+    count: int,
+) -> None:
+    config = config_from(
+        tmp_path_factory.mktemp("state"),
+        gpus={"stand_ins": [{"gpu_type": "h100_sxm", "count": 4}]},
+    )
+
+    def measure() -> Capacity:
+        return Capacity(cpu_cores, memory_gib * 1024, 1000)
+
+    async with running_service(config, images, Clock(), measure) as service:
+        for number in range(held):
+            if service.desk.offerings()[0].available_count:
+                await service.desk.order(order(f"held-{number}"))
+        available = {one.gpu_count: one.available_count for one in service.desk.offerings()}[count]
+        for number in range(available):
+            await service.desk.order(order(f"new-{number}", gpu_count=count))
+        assert await refusal(service, gpu_count=count) is Code.NO_CAPACITY

@@ -1,0 +1,92 @@
+"""Lists for people and for programs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from gpud import tables
+
+INSTANCE: dict[str, Any] = {
+    "upstream_id": "i-0123456789abcdef",
+    "instance_id": "gpuai-1",
+    "status": "error",
+    "step": "stop_domain",
+    "gpu_type": "h100_sxm",
+    "gpus": ["ffffffff:00:00.0", "ffffffff:01:00.0"],
+    "address": None,
+    "uptime_seconds": 7265,
+    "cost_per_hour": 6.98,
+    "failure": "[red]the guest[/red] did not boot",
+}
+OFFER: dict[str, Any] = {
+    "gpu_type": "h100_sxm",
+    "gpu_count": 2,
+    "tier": "spot",
+    "cpu_cores": 8,
+    "ram_gb": 32,
+    "storage_gb": 200,
+    "price_per_hour": 3.98,
+    "stock_status": "Low",
+    "available_count": 1,
+}
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def shown(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+    lines = capsys.readouterr().out.splitlines()
+    return [line.split() for line in lines]
+
+
+def test_instances_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    fine = {**INSTANCE, "address": "10.0.0.2", "uptime_seconds": 61, "failure": None}
+    tables.show([INSTANCE, fine], tables.INSTANCES, "none", as_json=False)
+    heading, first, second = shown(capsys)
+    assert heading[:4] == ["ID", "INSTANCE", "STATUS", "STEP"]
+    assert first[:7] == ["i-0123456789abcdef", "gpuai-1", "error", "stop_domain", "h100_sxm",
+                         "x2", "-"]  # fmt: skip
+    assert " ".join(first[7:]) == "2 h 01 min 6.98 [red]the guest[/red] did not boot"
+    assert " ".join(second[6:]) == "10.0.0.2 1 min 01 s 6.98"
+
+
+def test_offers_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.show([OFFER, {**OFFER, "available_count": 0}], tables.OFFERS, "", as_json=False)
+    _, first, second = shown(capsys)
+    assert first == ["h100_sxm", "2", "spot", "8", "32", "200", "3.98", "Low", "1"]
+    assert second[-3:] == ["sold", "out", "0"]
+
+
+def test_images_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    image = {
+        "name": "base",
+        "digest": "sha256:0123456789abcdef",
+        "size_bytes": 2**29,
+        "virtual_size_bytes": 3 * 2**30,
+        "in_use_by": 2,
+    }
+    tables.show([image], tables.IMAGES, "", as_json=False)
+    assert shown(capsys)[1][2:] == ["0.5", "GiB", "3.0", "GiB", "2"]
+
+
+def test_an_empty_list_is_said_to_be_empty(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.show([], tables.OFFERS, "nothing is on offer", as_json=False)
+    assert capsys.readouterr().out == "nothing is on offer\n"
+
+
+@pytest.mark.parametrize("rows", [[], [INSTANCE], [{**INSTANCE, "failure": "ü" * 300}]])
+def test_programs_get_json(capsys: pytest.CaptureFixture[str], rows: list[Any]) -> None:
+    tables.show(rows, tables.INSTANCES, "none", as_json=True)
+    assert json.loads(capsys.readouterr().out) == rows
+
+
+def test_progress_stays_off_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    with tables.progress("adding base") as update:
+        update(1, 2)
+        update(2, 2)
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,78 @@
+"""What logs show, and above all what they do not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from gpud.config import Log
+from gpud.telemetry import Metrics, set_up_logging
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    yield
+    structlog.reset_defaults()
+
+
+def logged(capsys: pytest.CaptureFixture[str]) -> list[dict[str, object]]:
+    return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+
+
+def test_an_event_is_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logging(Log())
+    structlog.get_logger().info("order accepted", instance="i-1")
+    (event,) = logged(capsys)
+    assert event["event"] == "order accepted"
+    assert event["instance"] == "i-1"
+    assert event["level"] == "info"
+    assert "timestamp" in event
+
+
+def test_text_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logging(Log(format="text"))
+    structlog.get_logger().info("order accepted", instance="i-1")
+    text = capsys.readouterr().err
+    assert "order accepted" in text
+    assert not text.startswith("{")
+
+
+def test_level_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logging(Log(level="warning"))
+    structlog.get_logger().info("quiet")
+    structlog.get_logger().warning("loud")
+    assert [event["event"] for event in logged(capsys)] == ["loud"]
+
+
+def boom(secret: str) -> None:
+    raise ValueError(f"cannot parse {secret!r}")
+
+
+def test_a_traceback_shows_places_but_no_values(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logging(Log())
+    log = structlog.get_logger()
+    try:
+        boom("s3cret")
+    except ValueError as error:
+        log.warning("failed", exc_info=error)
+        log.exception("failed again")
+    events = logged(capsys)
+    assert len(events) == 2
+    for event in events:
+        assert event["exception"] == "ValueError"
+        assert "boom" in str(event["traceback"])
+        assert "s3cret" not in json.dumps(event)
+
+
+def test_metric_names_follow_prometheus_conventions() -> None:
+    names = [family.name for family in Metrics().registry.collect()]
+    assert names
+    assert all(name.startswith("gpud_") for name in names)
+
+
+def test_two_sets_of_metrics_do_not_collide() -> None:
+    Metrics().orders.labels("accepted").inc()
+    assert Metrics().orders.labels("accepted")._value.get() == 0
