@@ -50,7 +50,7 @@ unit: $(VENV)/.ready ## unit tests, with coverage
 	$(BIN)/pytest tests/unit --cov --cov-report=term
 
 machine: setup ## tests on real libvirt and QEMU
-	$(BIN)/pytest tests/machine -v -s --timeout=900
+	$(BIN)/pytest tests/machine -v --timeout=900 --numprocesses 2
 
 measure-boot: setup ## order to startup script, against a plain runcmd seed; a quarter of an hour
 	@$(BIN)/python -m tests.machine.measure_boot

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs the startup script, and tells the host when it was started and when it ended.
+# Runs the startup script, and tells the host that it was started and how it ended.
 dir=/usr/local/lib/gpud
 port=ai.gpu.gpud.0
 read -r boot </proc/sys/kernel/random/boot_id
@@ -25,35 +25,31 @@ find_port() {
     return 1
 } 2>/dev/null
 
-# Writing blocks until the host opens its end, so this stands beside the script. It reads on whatever
-# happens, since a broken pipe would kill whoever writes to it.
-report() {
-    while read -r line; do
-        tries=0
-        until node=$(find_port) && (echo "$line" >"$node") 2>/dev/null; do
-            tries=$((tries + 1))
-            [ "$tries" -lt 100 ] || break
+# Says the arguments to the host, a line each, again and again: whoever listened there may have been
+# restarted before it could write down what it heard. A write blocks while nobody listens.
+tell() {
+    while :; do
+        if node=$(find_port) && printf '%s\n' "$@" >"$node"; then
+            sleep 20
+        else
             sleep 0.2
-        done
+        fi
     done
-}
-
-run_script() {
-    echo "gpud1 started $boot"
-    [ -e "$dir/script" ] || return 0
-    if [ "$runs" = once ]; then
-        [ ! -e "$dir/ran" ] || return 0
-        touch "$dir/ran"
-    fi
-    # Nothing of the reporting is open in the script: 4 is its input, 3 where its output goes.
-    "$dir/script" <&4 >&3 2>&3 3>&- 4<&-
-    echo "gpud1 exited $boot $?"
-}
+} 2>/dev/null
 
 tries=0
 until online || [ "$tries" -ge 300 ]; do
     tries=$((tries + 1))
     sleep 0.2
 done
-exec 3>&1
-run_script 4</dev/null | report 3>&-
+
+if [ ! -e "$dir/script" ] || { [ "$runs" = once ] && [ -e "$dir/ran" ]; }; then
+    tell "gpud1 started $boot"
+fi
+touch "$dir/ran"
+tell "gpud1 started $boot" &
+teller=$!
+"$dir/script" </dev/null
+code=$?
+kill "$teller"
+tell "gpud1 started $boot" "gpud1 exited $boot $code"

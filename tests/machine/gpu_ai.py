@@ -31,9 +31,9 @@ class GpuAi:
     async def fetch_token(self) -> None:
         """OAuth2 client credentials (RFC 6749, section 4.4)."""
         form = {"grant_type": "client_credentials"}
-        auth = aiohttp.BasicAuth(CLIENT_ID, CLIENT_SECRET)
+        basic = aiohttp.encode_basic_auth(CLIENT_ID, CLIENT_SECRET)
         url = f"{self._issuer_url}/oauth2/token"
-        async with self._session.post(url, data=form, auth=auth) as response:
+        async with self._session.post(url, data=form, headers={"Authorization": basic}) as response:
             answer = await response.json()
             assert response.status == 200, answer
             self.token = answer["access_token"]

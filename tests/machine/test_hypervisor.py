@@ -98,7 +98,7 @@ class PrivateDaemon:
     def start(self) -> None:
         user = self._user
         self.process = subprocess.Popen(
-            ["libvirtd"],  # noqa: S607
+            ["libvirtd"],
             env=self._environment,
             user=user,
             group=user,

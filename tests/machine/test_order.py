@@ -7,6 +7,7 @@ import hashlib
 import json
 import sys
 import urllib.request
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -35,12 +36,11 @@ async def row(server: GpudServer, upstream_id: str) -> dict[str, object]:
     return found
 
 
-async def until(condition: object, timeout_s: float = 30) -> None:
-    """Wait until ``condition()`` is true."""
-    assert callable(condition)
+async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 60) -> None:
+    """Wait until ``condition()`` is true; rarely asked, so that the guest gets the processor."""
     async with asyncio.timeout(timeout_s):
         while not await condition():
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(3)
 
 
 async def nothing_left(server: GpudServer, caller: GpuAi, upstream_id: str) -> None:
@@ -52,7 +52,7 @@ async def nothing_left(server: GpudServer, caller: GpuAi, upstream_id: str) -> N
 async def test_an_order_outlives_the_daemon_and_its_own_guest(
     start_server: ServerFactory, tunnel: TunnelEnd
 ) -> None:
-    """SIGKILL while creating; the guest reboots; the guest powers itself off; then DELETE."""
+    """SIGKILL while creating; the guest powers itself off and is started again; then DELETE."""
     server, caller = await start_server()
     port = free_port()
     # Nothing a shell or YAML or XML would trip over may change on the way.
@@ -86,17 +86,7 @@ async def test_an_order_outlives_the_daemon_and_its_own_guest(
     assert '<a b="c">&amp;{x: [y]}</a>\r\n%s $HOME `id` \\n ünïcödé 日本\n' in seen
     assert hashlib.sha256(script.encode()).hexdigest() in seen
 
-    with pytest.raises(AssertionError):
-        await output_of(*tunnel.login_command(port, USER), "sudo systemctl reboot; sleep 60")
-
-    async def rebooted() -> bool:
-        log = await server.gpud("console", upstream_id)
-        return log.count("startup script: pid") >= 2
-
-    await until(rebooted, BOOT_TIMEOUT_S)
-    boot_id = await tunnel.log_in(port, USER, "cat /proc/sys/kernel/random/boot_id", BOOT_TIMEOUT_S)
-    assert (await row(server, upstream_id))["restarts"] == 0
-
+    boot_id = await tunnel.log_in(port, USER, "cat /proc/sys/kernel/random/boot_id")
     with pytest.raises(AssertionError):
         await output_of(*tunnel.login_command(port, USER), "sudo systemctl poweroff; sleep 60")
 
@@ -140,7 +130,8 @@ async def test_a_guest_in_the_network_has_its_own_address_and_runs_its_script_on
     running = await caller.wait_for(upstream_id, "running", BOOT_TIMEOUT_S)
     assert running["ip"] == "10.177.0.2"
     login = ["ssh", "-i", str(tunnel.customer_key_file), "-o", "StrictHostKeyChecking=no",
-             "-o", "UserKnownHostsFile=/dev/null", "-o", "BatchMode=yes", f"{USER}@10.177.0.2"]  # fmt: skip
+             "-o", "UserKnownHostsFile=/dev/null", "-o", "BatchMode=yes",
+             f"{USER}@10.177.0.2"]  # fmt: skip
 
     async def log_in(command: str) -> str:
         for _ in range(120):

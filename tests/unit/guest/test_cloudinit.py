@@ -102,7 +102,9 @@ def test_mac_is_text_to_every_yaml_reader(octets: bytes) -> None:
 def test_container_unit_runs_the_image_with_all_gpus() -> None:
     files = {file["path"]: file["content"] for file in user_data(CASES["container"])["write_files"]}
     unit = files["/etc/systemd/system/gpud-container.service"]
-    assert re.search(r"^ExecStart=/usr/bin/docker run .*--gpus all .*ghcr\.io/acme/train:v1$", unit, re.M)
+    assert re.search(
+        r"^ExecStart=/usr/bin/docker run .*--gpus all .*ghcr\.io/acme/train:v1$", unit, re.MULTILINE
+    )
     assert "@IMAGE@" not in unit
 
 

@@ -26,7 +26,7 @@ XML = f"""<domain type='test'><name>x</name><uuid>{NAME_UUID}</uuid><memory>8192
 
 async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 - set by another thread
+        while not condition():
             await asyncio.sleep(0.001)
 
 

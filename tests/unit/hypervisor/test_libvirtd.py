@@ -139,7 +139,7 @@ async def test_stream_opened_on_a_connection_lost_meanwhile_has_ended(
         with pytest.raises(GpudError):
             await hypervisor.domains()
         async with asyncio.timeout(5):
-            while len(opened) < 2:  # noqa: ASYNC110 - opened in a thread
+            while len(opened) < 2:
                 await asyncio.sleep(0.001)
         slow.set()
         assert await asyncio.wait_for((await opening).read(), 1) == b""
