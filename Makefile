@@ -47,7 +47,7 @@ lint: $(VENV)/.ready ## linters, types, layering
 	shellcheck tests/setup.sh tests/guest/build.sh .ci/run cloud-init/*.sh
 
 unit: $(VENV)/.ready ## unit tests, with coverage
-	$(BIN)/pytest tests/unit --cov --cov-report=term
+	$(BIN)/pytest tests/unit --numprocesses 2 --cov --cov-report=term --cov-fail-under=95
 
 machine: setup ## tests on real libvirt and QEMU
 	$(BIN)/pytest tests/machine -v --timeout=900 --numprocesses 2

@@ -254,7 +254,8 @@ class Instance:
     Attributes:
         running_at: When the guest first reported that its script was started.
         failure: What a caller is told of an ``error``.
-        guest_boots: How often the guest reported that its script was started.
+        boot_id: Of the guest's boot that was counted last (Linux' ``random/boot_id``).
+        guest_boots: In how many of its boots the guest reported that its script was started.
         boots_at_start: ``guest_boots`` when the domain was last started: more means it is up again.
         script_exit_code: Of the script's last run, if it has ended.
         restarts: How often in a row the domain had to be started again soon after its last start.
@@ -274,6 +275,7 @@ class Instance:
     ended_at: float | None = None
     delete_requested_at: float | None = None
     failure: str | None = None
+    boot_id: str | None = None
     guest_boots: int = 0
     boots_at_start: int = 0
     script_exit_code: int | None = None

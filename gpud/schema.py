@@ -41,6 +41,7 @@ MIGRATIONS: Final = (
         ended_at            REAL,
         delete_requested_at REAL,
         failure             TEXT,
+        boot_id             TEXT,
         guest_boots         INTEGER NOT NULL,
         boots_at_start      INTEGER NOT NULL,
         script_exit_code    INTEGER,
@@ -85,8 +86,8 @@ COLUMNS: Final = (
     "upstream_id", "instance_id", "fingerprint", "tier", "gpu_type", "gpu_count", "cpu_cores",
     "memory_mib", "storage_gib", "gpus", "address", "image_digest", "cost_per_hour", "region",
     "datacenter_location", "status", "step", "step_since", "created_at", "running_at", "ended_at",
-    "delete_requested_at", "failure", "guest_boots", "boots_at_start", "script_exit_code", "restarts",
-    "last_start_at",
+    "delete_requested_at", "failure", "boot_id", "guest_boots", "boots_at_start",
+    "script_exit_code", "restarts", "last_start_at",
 )  # fmt: skip
 
 _PLAIN: Final = COLUMNS[COLUMNS.index("step_since") :]

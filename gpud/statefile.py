@@ -52,14 +52,16 @@ def connect(state_dir: Path) -> sqlite3.Connection:
     """
     path = state_dir / "state.sqlite"
     instances = state_dir / "instances"
-    if not path.exists() and instances.is_dir() and any(instances.iterdir()):
+    empty = not path.exists() or path.stat().st_size == 0
+    if empty and instances.is_dir() and any(instances.iterdir()):
         raise GpudError(
             Code.STATE_UNUSABLE,
-            f"{path} is missing although {instances} holds guests",
+            f"{path} is missing or empty although {instances} holds guests",
             hint="restore it from a backup, or move the guests' directories away",
         )
     try:
         path.touch(mode=0o600)
+        path.chmod(0o600)  # a restored backup may have come with a wider mode
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     except (OSError, sqlite3.Error) as error:
         raise GpudError(Code.STATE_UNUSABLE, f"{path} cannot be opened: {error}") from error

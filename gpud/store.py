@@ -199,25 +199,13 @@ class Store:
         """Record that the caller wants the instance gone; None when there never was one."""
         return await self._change(lambda: self._request_delete(either_id))
 
-    async def guest_booted(self, upstream_id: str) -> None:
-        """Count a guest's report that its startup script was started."""
-        await self._change(
-            lambda: self._update(
-                upstream_id,
-                lambda now: {"guest_boots": now.guest_boots + 1, "script_exit_code": None},
-                "the guest reported its startup script started",
-            )
-        )
+    async def guest_booted(self, upstream_id: str, boot_id: str) -> None:
+        """Count a boot in which the guest reported its startup script started; each boot once."""
+        await self._change(lambda: self._guest_booted(upstream_id, boot_id))
 
-    async def script_exited(self, upstream_id: str, exit_code: int) -> None:
-        """Record the exit code of the startup script's last run."""
-        await self._change(
-            lambda: self._update(
-                upstream_id,
-                lambda _: {"script_exit_code": exit_code},
-                f"the startup script ended with exit code {exit_code}",
-            )
-        )
+    async def script_exited(self, upstream_id: str, exit_code: int) -> bool:
+        """Record how the startup script ended in this boot; False when that was known already."""
+        return await self._change(lambda: self._script_exited(upstream_id, exit_code))
 
     def subscribe(self, listener: Callable[[Instance], None]) -> None:
         """Call ``listener`` on the event loop after each commit, with the instance that changed."""
@@ -361,11 +349,20 @@ class Store:
             changes["status"] = status
         return self._put(found, changes, "the caller asked to terminate it")
 
-    def _update(
-        self, upstream_id: str, change: Callable[[Instance], dict[str, Any]], why: str
-    ) -> Instance | None:
+    def _guest_booted(self, upstream_id: str, boot_id: str) -> None:
         current = self._live.get(upstream_id)
-        return None if current is None else self._put(current, change(current), why)
+        if current is not None and current.boot_id != boot_id:
+            changes = {"boot_id": boot_id, "guest_boots": current.guest_boots + 1}
+            why = "the guest reported its startup script started"
+            self._put(current, {**changes, "script_exit_code": None}, why)
+
+    def _script_exited(self, upstream_id: str, exit_code: int) -> bool:
+        current = self._live.get(upstream_id)
+        if current is None or current.script_exit_code == exit_code:
+            return False
+        why = f"the startup script ended with exit code {exit_code}"
+        self._put(current, {"script_exit_code": exit_code}, why)
+        return True
 
     def _put(self, current: Instance, changes: dict[str, Any], why: str) -> Instance:
         """The one place that changes an instance."""

@@ -75,6 +75,7 @@ class InstanceFiles:
         """The guest's UEFI variables."""
         return self.directory / "nvram.fd"
 
+
 async def clone(files: InstanceFiles, image: Image, storage_gib: int) -> None:
     """Give an instance its disk; at a cost that does not depend on the image's size.
 

@@ -26,11 +26,8 @@ def ensure(connection: libvirt.virConnect, spec: NetworkSpec) -> None:
         GpudError: A network of that name has another subnet.
         libvirt.libvirtError: libvirt cannot make or start it.
     """
-    try:
-        network = connection.networkLookupByName(spec.name)
-    except libvirt.libvirtError as error:
-        if code_of(error) != libvirt.VIR_ERR_NO_NETWORK:
-            raise
+    network = _find(connection, spec.name)
+    if network is None:
         _make(connection, spec)
         return
     _require_subnet(network, spec)
@@ -53,8 +50,13 @@ def set_lease(connection: libvirt.virConnect, name: str, lease: Lease) -> None:
 
 
 def remove_lease(connection: libvirt.virConnect, name: str, mac: str) -> None:
-    """Take the address of ``mac`` back, from the running network and from its next start."""
-    network = connection.networkLookupByName(name)
+    """Take the address of ``mac`` back, from the running network and from its next start.
+
+    A network that does not exist gives out no address: there is nothing to take back.
+    """
+    network = _find(connection, name)
+    if network is None:
+        return
     for place, leases in _places(network):
         for lease in leases:
             if lease.mac == mac:
@@ -64,6 +66,15 @@ def remove_lease(connection: libvirt.virConnect, name: str, mac: str) -> None:
 def leases(connection: libvirt.virConnect, name: str) -> list[Lease]:
     """List the fixed addresses that the network gives out now."""
     return leases_of(connection.networkLookupByName(name).XMLDesc(0))
+
+
+def _find(connection: libvirt.virConnect, name: str) -> libvirt.virNetwork | None:
+    try:
+        return connection.networkLookupByName(name)
+    except libvirt.libvirtError as error:
+        if code_of(error) != libvirt.VIR_ERR_NO_NETWORK:
+            raise
+        return None
 
 
 def _make(connection: libvirt.virConnect, spec: NetworkSpec) -> None:

@@ -47,7 +47,6 @@ class GuestWatch:
         self._consoles = consoles
         self._metrics = metrics
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
-        self._boot_ids: dict[str, bytes] = {}
 
     def attach(self, instance: Instance) -> None:
         """See that both readers of the instance's guest run; those that run already are left alone."""
@@ -64,7 +63,6 @@ class GuestWatch:
 
     async def detach(self, upstream_id: str) -> None:
         """Stop both readers of a guest."""
-        self._boot_ids.pop(upstream_id, None)
         await self._end([key for key in self._tasks if key[0] == upstream_id])
 
     async def close(self) -> None:
@@ -108,14 +106,14 @@ class GuestWatch:
     async def _take(
         self, upstream_id: str, what: bytes, boot_id: bytes, exit_code: bytes | None
     ) -> None:
-        if what == b"started" and self._boot_ids.get(upstream_id) != boot_id:
-            await self._store.guest_booted(upstream_id)
-            self._boot_ids[upstream_id] = boot_id
-        elif what == b"exited" and exit_code is not None:
+        """Record a report. Guests repeat them, so one that was recorded before is the usual case."""
+        if what == b"started":
+            await self._store.guest_booted(upstream_id, boot_id.decode())
+        elif exit_code is not None:
             code = int(exit_code)
-            self._metrics.script_exits.labels("ok" if code == 0 else "failed").inc()
-            _log.info("startup script ended", exit_code=code)
-            await self._store.script_exited(upstream_id, code)
+            if await self._store.script_exited(upstream_id, code):
+                self._metrics.script_exits.labels("ok" if code == 0 else "failed").inc()
+                _log.info("startup script ended", exit_code=code)
 
 
 async def _chunks(stream: GuestStream) -> AsyncGenerator[bytes, None]:

@@ -17,9 +17,10 @@ from gpud.errors import GpudError
 from gpud.guest import disk
 from gpud.guest.console import ConsoleLogs
 from gpud.guest.disk import InstanceFiles
+from gpud.hypervisor.domainxml import Identity
 from gpud.hypervisor.libvirtd import Hypervisor
-from gpud.lifecycle.steps import network_spec
-from gpud.model import DOMAIN_PREFIX, UPSTREAM_ID, Status
+from gpud.lifecycle.steps import lease_name, network_spec
+from gpud.model import UPSTREAM_ID, Status
 from gpud.store import Store
 from gpud.telemetry import Metrics
 
@@ -73,16 +74,17 @@ class Reconciler:
 
     async def _domains(self) -> set[str]:
         """End orphan domains; returns those that cannot be ended, whose files and leases stay too."""
-        still_running = set()
+        still_running: set[str] = set()
         for domain in await self._hypervisor.domains():
-            identity = domain.identity
-            if identity is None or identity.owner != self._store.owner:
+            if domain.identity is None or not self._is_orphan(domain.identity):
                 continue
-            if identity.upstream_id not in self._store.live:
-                end = self._hypervisor.stop(domain.uuid)
-                if not await self._remove("domain", domain.name, end):
-                    still_running.add(identity.upstream_id)
+            end = self._hypervisor.stop(domain.uuid)
+            gone = await self._remove("domain", domain.name, end)
+            still_running |= set() if gone else {domain.identity.upstream_id}
         return still_running
+
+    def _is_orphan(self, identity: Identity) -> bool:
+        return identity.owner == self._store.owner and identity.upstream_id not in self._store.live
 
     async def _leases(self, still_running: set[str]) -> None:
         network = self._config.network
@@ -90,8 +92,9 @@ class Reconciler:
             return
         await self._hypervisor.ensure_network(network_spec(self._config))
         for lease in await self._hypervisor.leases(network.name):
-            upstream_id = lease.name.removeprefix(DOMAIN_PREFIX)
-            ours = lease.name.startswith(DOMAIN_PREFIX) and UPSTREAM_ID.fullmatch(upstream_id)
+            found = UPSTREAM_ID.search(lease.name)
+            upstream_id = found[0] if found else ""
+            ours = lease.name == lease_name(upstream_id, self._store.owner)
             if ours and upstream_id not in {*self._store.live, *still_running}:
                 removal = self._hypervisor.remove_lease(network.name, lease.mac)
                 await self._remove("lease", lease.name, removal)

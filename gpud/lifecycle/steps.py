@@ -21,7 +21,7 @@ from gpud.hypervisor.libvirtd import Hypervisor
 from gpud.hypervisor.networkxml import NetworkSpec
 from gpud.lifecycle.guests import GuestWatch
 from gpud.lifecycle.outcome import Fail, Hop, Nap, Outcome, StepFunction
-from gpud.model import Instance, Status, Step
+from gpud.model import DOMAIN_PREFIX, Instance, Status, Step
 from gpud.store import Store
 from gpud.telemetry import Metrics
 
@@ -61,9 +61,8 @@ class Steps:
         if address is not None:
             network = network_spec(self._config)
             await self._hypervisor.ensure_network(network)
-            await self._hypervisor.add_lease(
-                network.name, instance.mac, address, instance.domain_name
-            )
+            name = lease_name(instance.upstream_id, self._store.owner)
+            await self._hypervisor.add_lease(network.name, instance.mac, address, name)
         return Hop(Step.CLONE_DISK)
 
     async def clone_disk(self, instance: Instance) -> Outcome:
@@ -167,6 +166,11 @@ class Steps:
             stand_ins=sum(gpu.stand_in for gpu in instance.grant.gpus),
             network=UserNetwork() if network.mode == "user" else LibvirtNetwork(network.name),
         )
+
+
+def lease_name(upstream_id: str, owner: str) -> str:
+    """Name of an instance's entry in the libvirt network, which other gpuds may share."""
+    return f"{DOMAIN_PREFIX}{upstream_id}-{owner}"
 
 
 def network_spec(config: Config) -> NetworkSpec:

@@ -135,7 +135,6 @@ async def test_an_image_reference_is_carried(
         "z" * 128,
         "a" + string.ascii_letters,
         "a" + string.digits + "._:@=+~-",
-        "i-0123456789abcdef",
         "f81d4fae-7dec-11d0-a765-00a0c91e6bf6",
     ],
 )

@@ -1,0 +1,114 @@
+"""A libvirtd in memory, qemu-img without QEMU, and gpud upon them with its pauses cut short."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import libvirt
+import pytest
+import structlog
+
+from gpud import command
+from gpud.guest.image import ImageStore
+from gpud.hypervisor import connection
+from gpud.lifecycle import guests, worker
+from tests.unit.fakes.libvirt_daemon import LibvirtDaemon
+from tests.unit.fakes.orders import Clock, quick_directory
+from tests.unit.fakes.qemu_img import QemuImg, base_image
+from tests.unit.lifecycle.gpud_under_test import Gpud, StepsMapping, make_config
+
+StartGpud = Callable[..., Awaitable[Gpud]]
+
+
+@pytest.fixture(autouse=True)
+def _quiet_log() -> Iterator[None]:
+    """Log nowhere: structlog's own way to print a traceback takes seconds."""
+    before = structlog.get_config()
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory(), processors=[_drop])
+    yield
+    structlog.configure(**before)
+
+
+def _drop(_logger: object, _method: str, _event: object) -> str:
+    raise structlog.DropEvent
+
+
+@pytest.fixture
+def state_dir() -> Iterator[Path]:
+    with quick_directory() as directory:
+        yield directory
+
+
+@pytest.fixture
+def libvirtd(monkeypatch: pytest.MonkeyPatch) -> LibvirtDaemon:
+    daemon = LibvirtDaemon()
+    monkeypatch.setattr(libvirt, "open", daemon.open)
+    monkeypatch.setattr(connection, "start_event_loop", lambda: None)
+    monkeypatch.setattr(connection, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(connection, "LONGEST_PAUSE_S", 0.002)
+    return daemon
+
+
+@pytest.fixture
+def qemu_img(monkeypatch: pytest.MonkeyPatch) -> QemuImg:
+    program = QemuImg()
+    monkeypatch.setattr(command, "run", program.run)
+    return program
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_FIRST_RETRY_S", 0.001)
+    monkeypatch.setattr(worker, "_LAST_RETRY_S", 0.002)
+    monkeypatch.setattr(guests, "_PAUSE_S", 0)
+    monkeypatch.setattr(guests, "_PAUSE_AFTER_REPORT_S", 0)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def monotonic() -> Clock:
+    return Clock(1000)
+
+
+@pytest.fixture
+async def image(state_dir: Path, qemu_img: QemuImg) -> str:  # noqa: ARG001 - has to be there
+    source = state_dir / "source"
+    source.write_bytes(base_image())
+    added = await ImageStore(state_dir / "images").add(source, "base")
+    return added.digest
+
+
+@pytest.fixture
+async def start_gpud(
+    state_dir: Path,
+    clock: Clock,
+    monotonic: Clock,
+    libvirtd: LibvirtDaemon,  # noqa: ARG001 - they only have to be there
+    image: str,  # noqa: ARG001
+    short_pauses: None,  # noqa: ARG001
+) -> AsyncIterator[StartGpud]:
+    """Start a gpud; it is stopped at the end unless it was by then."""
+    lives: list[Gpud] = []
+
+    async def start(
+        around: Callable[[StepsMapping], StepsMapping] = lambda it: it, **options: object
+    ) -> Gpud:
+        gpud = Gpud(make_config(state_dir, **options), clock, monotonic)  # type: ignore[arg-type]
+        lives.append(gpud)
+        return await asyncio.wait_for(gpud.start(around), 5)
+
+    yield start
+    for gpud in lives:
+        if not gpud.stopped:
+            await gpud.stop()
+
+
+@pytest.fixture
+async def gpud(start_gpud: StartGpud) -> Gpud:
+    return await start_gpud()

@@ -1,0 +1,238 @@
+"""gpud put together as ``gpud.app`` does, less its listeners, on the edges that a test gives it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from ipaddress import IPv4Address
+from pathlib import Path
+from uuid import UUID
+
+from gpud import offers
+from gpud.config import (
+    Auth,
+    Config,
+    Deadlines,
+    Guest,
+    Libvirt,
+    Network,
+    Offer,
+    PerGpu,
+    Site,
+)
+from gpud.guest.console import ConsoleLogs
+from gpud.guest.image import ImageStore
+from gpud.hypervisor.libvirtd import Hypervisor
+from gpud.lifecycle.guests import GuestWatch
+from gpud.lifecycle.outcome import StepFunction
+from gpud.lifecycle.reconcile import Reconciler
+from gpud.lifecycle.steps import Steps
+from gpud.lifecycle.worker import Worker
+from gpud.model import (
+    FIRST_RELEASE_STEP,
+    FIRST_STEP,
+    LEGAL_STEPS,
+    Host,
+    Instance,
+    Status,
+    Step,
+    Tier,
+)
+from gpud.store import Store
+from gpud.telemetry import Metrics
+from tests.unit.fakes.orders import SHAPE, Clock, gpu, order, until
+
+StepsMapping = Mapping[Step, StepFunction]
+ADDRESSES = tuple(IPv4Address("10.77.0.10") + number for number in range(4))
+
+
+def way(first: Step, last: Step) -> list[Step]:
+    """The shortest way through the table of legal moves: a step that is added later is on it too."""
+    ways = [[first]]
+    for taken in ways:
+        if taken[-1] is last:
+            return taken
+        ways += [[*taken, step] for step in sorted(LEGAL_STEPS[taken[-1]]) if step not in taken]
+    raise AssertionError(f"no way from {first} to {last}")
+
+
+CREATE_STEPS = way(FIRST_STEP, Step.RUNNING)[:-1]
+RELEASE_STEPS = way(FIRST_RELEASE_STEP, Step.ENDED)[:-1]
+
+
+def make_config(
+    state_dir: Path,
+    *,
+    mode: str = "network",
+    domain_type: str = "auto",
+    deadlines: Deadlines | None = None,
+    **guest: object,
+) -> Config:
+    """The config of one GPU type on sale; ``guest`` are keys of its section of that name."""
+    per_gpu = PerGpu(
+        cpu_cores=SHAPE.cpu_cores,
+        memory_gib=SHAPE.memory_mib / 1024,
+        storage_gib=SHAPE.storage_gib,
+    )
+    price = {Tier.ON_DEMAND: Decimal("3.49")}
+    return Config(
+        state_dir=state_dir,
+        auth=Auth(issuer="test", audience=["gpud"], key_files=[state_dir / "key.pem"]),
+        site=Site(region="US", datacenter_location="US-Test-1"),
+        offers=[Offer(gpu_type=SHAPE.gpu_type, per_gpu=per_gpu, price_per_gpu_hour=price)],
+        libvirt=Libvirt.model_validate({"domain_type": domain_type}),
+        network=Network.model_validate({"mode": mode}),
+        guest=Guest.model_validate(guest),
+        deadlines=deadlines or Deadlines(),
+    )
+
+
+class Gpud:
+    """One life of the daemon, from :meth:`start` to :meth:`stop` or :meth:`kill`."""
+
+    def __init__(self, config: Config, clock: Clock, monotonic: Clock, gpus: int = 2) -> None:
+        self.config = config
+        self._clock = clock
+        self._monotonic = monotonic
+        addresses = ADDRESSES if config.network.mode == "network" else None
+        self.host = Host(tuple(gpu(number) for number in range(gpus)), 64, 65536, 1000, addresses)
+        self.metrics = Metrics()
+        self.stopped = False
+
+    async def start(self, around: Callable[[StepsMapping], StepsMapping] = lambda it: it) -> Gpud:
+        """Come up; ``around`` may put something around the steps."""
+        config = self.config
+        self._executor = ThreadPoolExecutor(4)
+        asyncio.get_running_loop().set_default_executor(self._executor)
+        self.store = await Store.open(config.state_dir, self._clock)
+        cpuinfo = config.state_dir / "cpuinfo"
+        cpuinfo.write_text("flags : vmx\n")
+        self.hypervisor = Hypervisor(
+            "fake:///", config.libvirt.call_timeout_s, config.libvirt.threads, cpuinfo
+        )
+        self.images = ImageStore(config.state_dir / "images")
+        self.consoles = ConsoleLogs(
+            config.state_dir / "console", config.guest.console_log_kib * 1024
+        )
+        self.guests = GuestWatch(self.hypervisor, self.store, self.consoles, self.metrics)
+        self.steps = Steps(
+            config, self.store, self.images, self.hypervisor, self.guests, self.metrics, self._clock
+        )
+        self.worker = Worker(
+            self.store,
+            around(self.steps.functions()),
+            config.deadlines,
+            self.metrics,
+            monotonic=self._monotonic,
+        )
+        self.reconciler = Reconciler(
+            config, self.store, self.hypervisor, self.consoles, self.metrics
+        )
+        self.hypervisor.subscribe(lambda uuid, *_: self._wake(uuid))
+        self.hypervisor.on_connect(self.worker.wake_all)
+        self._connection = asyncio.create_task(self.hypervisor.run())
+        await self.hypervisor.wait_available()
+        self.worker.start()
+        return self
+
+    async def stop(self) -> None:
+        """Stop in order, as the daemon does."""
+        await self.worker.close()
+        await self.guests.close()
+        await self._end()
+
+    async def kill(self) -> None:
+        """Vanish without finishing anything: what was under way is dropped where it stands."""
+        own = asyncio.current_task()
+        tasks = [task for task in asyncio.all_tasks() if task is not own]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._end()
+
+    async def order(self, instance_id: str = "order-1", script: bytes = b"#!/bin/sh\n") -> Instance:
+        """Order one GPU, as the order desk does."""
+        wanted = order(instance_id, script)
+        digest = self.images.resolve(self.config.guest.image).digest
+        admission = await self.store.admit(
+            wanted,
+            lambda grants: offers.grant(self.config, self.host, grants, wanted, digest),
+        )
+        return admission.instance
+
+    async def reach(self, instance: Instance, *wanted: Status | Step) -> Instance:
+        """Wait until an instance has a status or step; what naps in between is woken."""
+        found = instance
+
+        def there() -> bool:
+            nonlocal found
+            found = self.store.live.get(instance.upstream_id, found)
+            self.worker.wake_all()
+            # By identity: as strings, the status and the step "running" are equal.
+            return any(found.status is one or found.step is one for one in wanted)
+
+        await until(there)
+        return found
+
+    async def running(self, instance_id: str = "order-1") -> Instance:
+        """Order, and wait until it runs."""
+        return await self.reach(await self.order(instance_id), Step.RUNNING)
+
+    async def ended(self, instance: Instance) -> Instance:
+        """Wait until an instance holds nothing any more."""
+
+        def gone() -> bool:
+            self.worker.wake_all()
+            return instance.upstream_id not in self.store.live
+
+        await until(gone)
+        found = await self.store.find(instance.upstream_id)
+        assert found is not None
+        return found
+
+    async def deleted(self, instance: Instance) -> Instance:
+        """DELETE, and wait for the end."""
+        await self.store.request_delete(instance.upstream_id)
+        return await self.ended(instance)
+
+    def directories(self) -> set[str]:
+        """Names of the instances' directories."""
+        parent = self.config.state_dir / "instances"
+        return {entry.name for entry in parent.iterdir()} if parent.is_dir() else set()
+
+    def _wake(self, uuid: UUID) -> None:
+        for instance in self.store.live.values():
+            if instance.domain_uuid == uuid:
+                self.worker.wake(instance.upstream_id)
+
+    async def _end(self) -> None:
+        self._connection.cancel()
+        await asyncio.wait([self._connection])
+        # A thread dies with its process; here it is waited for, lest it acts in the next life.
+        await until(lambda: not self.hypervisor.calls_in_thread)
+        self._executor.shutdown(wait=True)
+        await self.store.close()
+        self.stopped = True
+
+
+class Hold:
+    """Holds whoever comes to one step: before its act, or between the act and its commit."""
+
+    def __init__(self, step: Step, *, after: bool) -> None:
+        self.reached = asyncio.Event()
+        self.open = asyncio.Event()
+        self._step = step
+        self._after = after
+
+    def __call__(self, functions: StepsMapping) -> StepsMapping:
+        act = functions[self._step]
+
+        async def held(instance: Instance) -> object:
+            outcome = await act(instance) if self._after else None
+            self.reached.set()
+            await self.open.wait()
+            return outcome if self._after else await act(instance)
+
+        return {**functions, self._step: held}  # type: ignore[dict-item]

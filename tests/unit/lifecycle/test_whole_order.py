@@ -1,0 +1,445 @@
+"""Orders from admission to the end, through faults, DELETEs and deaths of the daemon in each step.
+
+The steps are taken from the table of legal moves: a new one is covered without anyone thinking of it.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpud import command
+from gpud.errors import Code, GpudError
+from gpud.guest.image import ImageStore
+from gpud.lifecycle.guests import CHANNEL
+from gpud.model import Instance, Status, Step
+from tests.unit.fakes.libvirt_daemon import LibvirtDaemon, error
+from tests.unit.fakes.orders import Clock, until
+from tests.unit.fakes.qemu_img import QemuImg, failed
+from tests.unit.lifecycle.conftest import StartGpud
+from tests.unit.lifecycle.gpud_under_test import (
+    CREATE_STEPS,
+    RELEASE_STEPS,
+    Gpud,
+    Hold,
+    StepsMapping,
+)
+
+REAL_RUN = command.run
+MOMENTS = pytest.mark.parametrize(
+    "after", [False, True], ids=["before its act", "before its commit"]
+)
+
+
+def nothing_left(gpud: Gpud, libvirtd: LibvirtDaemon) -> bool:
+    claims = sqlite3.connect(gpud.config.state_dir / "state.sqlite")
+    claimed = claims.execute(
+        "SELECT (SELECT count(*) FROM gpu_claim) + (SELECT count(*) FROM address_claim)"
+        " + (SELECT count(*) FROM guest_input)"
+    ).fetchone()[0]
+    claims.close()
+    networks = libvirtd.networks.values()
+    leases = [name for network in networks if network.live is not None for name in network.hosts()]
+    return not (claimed or leases or libvirtd.guests or gpud.directories() or gpud.store.live)
+
+
+def one_domain(libvirtd: LibvirtDaemon, instance: Instance) -> bool:
+    return list(libvirtd.guests) == [instance.domain_uuid]
+
+
+async def test_an_order_runs_and_leaves_nothing_behind(gpud: Gpud, libvirtd: LibvirtDaemon) -> None:
+    instance = await gpud.running()
+    assert (instance.status, instance.guest_boots) == (Status.RUNNING, 1)
+    assert one_domain(libvirtd, instance)
+    assert gpud.directories() == {instance.upstream_id}
+    ended = await gpud.deleted(instance)
+    assert (ended.status, ended.step) == (Status.TERMINATED, Step.ENDED)
+    assert nothing_left(gpud, libvirtd)
+
+
+@pytest.mark.real_command("qemu-img")
+async def test_an_order_runs_on_a_real_overlay(
+    gpud: Gpud, libvirtd: LibvirtDaemon, monkeypatch: pytest.MonkeyPatch, state_dir: Path
+) -> None:
+    monkeypatch.setattr(command, "run", REAL_RUN)
+    source = state_dir / "real.qcow2"
+    await command.run("qemu-img", "create", "-f", "qcow2", source, "2M", timeout_s=10)
+    await ImageStore(state_dir / "images").add(source, "base")
+    instance = await gpud.running()
+    assert one_domain(libvirtd, instance)
+    await gpud.deleted(instance)
+    assert nothing_left(gpud, libvirtd)
+
+
+async def test_two_orders_run_side_by_side_and_the_third_has_no_gpu(
+    gpud: Gpud, libvirtd: LibvirtDaemon
+) -> None:
+    first, second = await gpud.running("a"), await gpud.running("b")
+    with pytest.raises(GpudError) as caught:
+        await gpud.order("c")
+    assert caught.value.code is Code.NO_CAPACITY
+    await gpud.deleted(first)
+    third = await gpud.running("c")
+    assert set(libvirtd.guests) == {second.domain_uuid, third.domain_uuid}
+    assert third.grant.gpus == first.grant.gpus
+
+
+# -- DELETE at any time ----------------------------------------------------------------------------
+
+
+@MOMENTS
+@pytest.mark.parametrize("step", [*CREATE_STEPS, Step.RUNNING])
+async def test_delete_in_any_step_ends_with_nothing_left(
+    start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step, after: bool
+) -> None:
+    hold = Hold(step, after=after)
+    gpud = await start_gpud(hold)
+    # Such a network exists from the first reconciliation on; without one there is nothing to return.
+    await gpud.reconciler.once()
+    instance = await gpud.order()
+    await hold.reached.wait()
+    deleted = await gpud.store.request_delete(instance.upstream_id)
+    assert deleted is not None
+    assert deleted.status is Status.STOPPING
+    hold.open.set()
+    ended = await gpud.ended(instance)
+    assert ended.status is Status.TERMINATED
+    assert nothing_left(gpud, libvirtd)
+    if step is not Step.RUNNING:
+        events = await gpud.store.events(instance.upstream_id)
+        assert not [event for event in events if event.became.startswith("running")]
+
+
+async def test_an_order_whose_network_cannot_be_made_gives_its_gpu_back(
+    gpud: Gpud, libvirtd: LibvirtDaemon
+) -> None:
+    libvirtd.fault("networkCreate", error("subnet is already in use by interface eth0"), times=99)
+    instance = await gpud.order()
+    await until(lambda: "networkCreate" in libvirtd.calls)
+    await until(lambda: not gpud.store.live)
+    assert instance.upstream_id not in gpud.store.live
+
+
+# -- death of the daemon at any time ---------------------------------------------------------------
+
+
+@MOMENTS
+@pytest.mark.parametrize("step", [*CREATE_STEPS, Step.RUNNING])
+async def test_killed_in_any_create_step_the_order_still_runs(
+    start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step, after: bool
+) -> None:
+    hold = Hold(step, after=after)
+    gpud = await start_gpud(hold)
+    instance = await gpud.order()
+    await hold.reached.wait()
+    await gpud.kill()
+
+    gpud = await start_gpud()
+    await gpud.reconciler.once()
+    running = await gpud.reach(instance, Step.RUNNING)
+    assert (running.status, running.grant) == (Status.RUNNING, instance.grant)
+    assert one_domain(libvirtd, instance)
+    assert libvirtd.calls.count("createXML") == 1
+    assert gpud.directories() == {instance.upstream_id}
+    await gpud.deleted(running)
+    assert nothing_left(gpud, libvirtd)
+
+
+@MOMENTS
+@pytest.mark.parametrize("step", RELEASE_STEPS)
+async def test_killed_in_any_release_step_nothing_is_left(
+    start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step, after: bool
+) -> None:
+    hold = Hold(step, after=after)
+    gpud = await start_gpud(hold)
+    instance = await gpud.running()
+    await gpud.store.request_delete(instance.upstream_id)
+    await hold.reached.wait()
+    await gpud.kill()
+
+    gpud = await start_gpud()
+    assert (await gpud.ended(instance)).status is Status.TERMINATED
+    assert nothing_left(gpud, libvirtd)
+
+
+@MOMENTS
+@pytest.mark.parametrize("step", CREATE_STEPS)
+async def test_a_delete_recorded_before_a_crash_is_kept_after_it(
+    start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step, after: bool
+) -> None:
+    hold = Hold(step, after=after)
+    gpud = await start_gpud(hold)
+    await gpud.reconciler.once()
+    instance = await gpud.order()
+    await hold.reached.wait()
+    await gpud.store.request_delete(instance.upstream_id)
+    await gpud.kill()
+
+    gpud = await start_gpud()
+    assert (await gpud.ended(instance)).status is Status.TERMINATED
+    assert nothing_left(gpud, libvirtd)
+
+
+@MOMENTS
+async def test_killed_while_a_guest_is_started_again_it_still_comes_up(
+    start_gpud: StartGpud, libvirtd: LibvirtDaemon, after: bool
+) -> None:
+    hold = Hold(Step.START_DOMAIN, after=after)
+    hold.open.set()
+    gpud = await start_gpud(hold)
+    instance = await gpud.running()
+    hold.reached.clear()
+    hold.open.clear()
+    libvirtd.guests[instance.domain_uuid].powers_off()
+    await hold.reached.wait()
+    await gpud.kill()
+
+    gpud = await start_gpud()
+    again = await gpud.reach(instance, Step.RUNNING)
+    assert (again.status, again.restarts, again.guest_boots) == (Status.RUNNING, 1, 2)
+    assert again.running_at == instance.running_at
+    assert one_domain(libvirtd, instance)
+
+
+async def test_a_guest_that_became_ready_while_the_daemon_was_away_is_running(
+    start_gpud: StartGpud, libvirtd: LibvirtDaemon
+) -> None:
+    libvirtd.on_start = lambda _guest: None
+    gpud = await start_gpud()
+    instance = await gpud.reach(await gpud.order(), Step.AWAIT_READY)
+    guest = libvirtd.guests[instance.domain_uuid]
+    await until(lambda: guest.channels[CHANNEL].stream)
+    await gpud.kill()
+    guest.boots()
+    gpud = await start_gpud()
+    assert (await gpud.reach(instance, Step.RUNNING)).status is Status.RUNNING
+
+
+async def test_a_report_that_was_read_and_not_yet_recorded_survives_a_crash(
+    start_gpud: StartGpud, libvirtd: LibvirtDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    async def dies(_upstream_id: str, boot_id: str) -> None:
+        read.append(boot_id)
+        raise OSError("killed")
+
+    gpud = await start_gpud()
+    monkeypatch.setattr(gpud.store, "guest_booted", dies)
+    instance = await gpud.order()
+    await until(lambda: read)
+    await gpud.kill()
+    gpud = await start_gpud()
+    # Guests say it again and again.
+    libvirtd.guests[instance.domain_uuid].reports(f"gpud1 started {read[0]}\n".encode())
+    await until(lambda: gpud.store.live[instance.upstream_id].step is Step.RUNNING)
+
+
+async def test_an_orderly_stop_leaves_guests_running(
+    start_gpud: StartGpud, libvirtd: LibvirtDaemon
+) -> None:
+    gpud = await start_gpud()
+    instance = await gpud.running()
+    await gpud.stop()
+    assert one_domain(libvirtd, instance)
+    gpud = await start_gpud()
+    await gpud.reconciler.once()
+    assert one_domain(libvirtd, instance)
+    assert gpud.store.live[instance.upstream_id].status is Status.RUNNING
+
+
+# -- faults ----------------------------------------------------------------------------------------
+
+
+class Breaking:
+    """A step that does its work and then says that it failed for good."""
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+
+    def __call__(self, functions: StepsMapping) -> StepsMapping:
+        act = functions[self._step]
+
+        async def broken(instance: Instance) -> Any:
+            await act(instance)
+            raise GpudError(Code.GUEST_FAILED, "it broke")
+
+        return {**functions, self._step: broken}
+
+
+@pytest.mark.parametrize("step", CREATE_STEPS)
+async def test_an_order_that_fails_in_any_step_gives_everything_back(
+    start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step
+) -> None:
+    gpud = await start_gpud(Breaking(step))
+    ended = await gpud.ended(await gpud.order())
+    assert ended.status is Status.ERROR
+    assert ended.failure is not None
+    assert nothing_left(gpud, libvirtd)
+    assert len([await gpud.order(f"again-{number}") for number in range(2)]) == 2
+
+
+async def test_a_disk_that_cannot_be_made_fails_the_order(
+    gpud: Gpud, libvirtd: LibvirtDaemon, qemu_img: QemuImg
+) -> None:
+    qemu_img.faults.append(failed())
+    ended = await gpud.ended(await gpud.order())
+    assert ended.failure == "its disk could not be made (host_command_failed)"
+    assert nothing_left(gpud, libvirtd)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["not done", "done, but its answer lost"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "networkLookupByName",
+        "networkDefineXML",
+        "networkCreate",
+        "networkUpdate",
+        "getCapabilities",
+        "createXML",
+        "lookupByUUIDString",
+        "destroy",
+    ],
+)
+async def test_a_connection_lost_during_any_call_costs_a_retry_only(
+    gpud: Gpud, libvirtd: LibvirtDaemon, call: str, after: bool
+) -> None:
+    fault = libvirtd.fault(call, after=after)
+    instance = await gpud.running()
+    assert one_domain(libvirtd, instance)
+    await gpud.deleted(instance)
+    assert fault.reached.is_set()
+    assert nothing_left(gpud, libvirtd)
+
+
+@pytest.mark.parametrize("step", [*CREATE_STEPS, Step.RUNNING])
+async def test_libvirtd_killed_during_any_step_and_restarted_the_order_still_runs(
+    start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step
+) -> None:
+    hold = Hold(step, after=False)
+    gpud = await start_gpud(hold)
+    instance = await gpud.order()
+    await hold.reached.wait()
+    libvirtd.stop()
+    await until(lambda: not gpud.hypervisor.available)
+    hold.open.set()
+    libvirtd.start()
+    running = await gpud.reach(instance, Step.RUNNING)
+    assert running.status is Status.RUNNING
+    await gpud.hypervisor.wait_available()
+    assert one_domain(libvirtd, instance)
+    await gpud.deleted(running)
+    assert nothing_left(gpud, libvirtd)
+
+
+async def test_a_running_instance_stays_running_while_libvirt_is_away_for_days(
+    gpud: Gpud, libvirtd: LibvirtDaemon, clock: Clock, monotonic: Clock
+) -> None:
+    instance = await gpud.running()
+    libvirtd.stop()
+    await until(lambda: not gpud.hypervisor.available)
+    for _ in range(5):
+        clock.advance(86400)
+        monotonic.advance(86400)
+        gpud.worker.wake_all()
+        await until(lambda: gpud.worker._wakes[instance.upstream_id].is_set() is False)
+    assert gpud.store.live[instance.upstream_id].status is Status.RUNNING
+    libvirtd.start()
+    await gpud.hypervisor.wait_available()
+    assert one_domain(libvirtd, instance)
+
+
+async def test_a_start_that_hangs_holds_up_its_own_order_alone(
+    gpud: Gpud, libvirtd: LibvirtDaemon
+) -> None:
+    with libvirtd.hanging("createXML") as hang:
+        stuck = await gpud.order("stuck")
+        await until(hang.reached.is_set)
+        libvirtd.heal()
+        other = await gpud.running("other")
+        assert one_domain(libvirtd, other)
+        await gpud.store.request_delete(stuck.upstream_id)
+    assert (await gpud.ended(stuck)).status is Status.TERMINATED
+    assert one_domain(libvirtd, other)
+
+
+async def test_a_strange_domain_in_its_place_fails_the_order_and_is_left(
+    start_gpud: StartGpud, libvirtd: LibvirtDaemon
+) -> None:
+    hold = Hold(Step.START_DOMAIN, after=False)
+    gpud = await start_gpud(hold)
+    instance = await gpud.order()
+    await hold.reached.wait()
+    libvirtd.begin(f"<domain type='kvm'><name>{instance.domain_name}</name></domain>")
+    hold.open.set()
+    ended = await gpud.ended(instance)
+    assert (ended.status, len(libvirtd.guests)) == (Status.ERROR, 1)
+
+
+# -- guests that end by themselves -----------------------------------------------------------------
+
+
+async def test_a_guest_that_powers_off_comes_up_again_and_too_many_times_in_a_row_is_an_error(
+    start_gpud: StartGpud, libvirtd: LibvirtDaemon, clock: Clock
+) -> None:
+    gpud = await start_gpud(max_restarts=2)
+    instance = await gpud.running()
+
+    async def power_off() -> None:
+        boots = gpud.store.live[instance.upstream_id].guest_boots
+        libvirtd.guests[instance.domain_uuid].powers_off()
+
+        def up_again_or_gone() -> bool:
+            gpud.worker.wake_all()
+            found = gpud.store.live.get(instance.upstream_id)
+            return found is None or (found.guest_boots > boots and found.step is Step.RUNNING)
+
+        await until(up_again_or_gone)
+
+    await power_off()
+    await power_off()
+    assert gpud.store.live[instance.upstream_id].restarts == 2
+    clock.advance(3600)  # a quiet hour
+    await power_off()
+    assert gpud.store.live[instance.upstream_id].restarts == 1
+    await power_off()
+    assert gpud.store.live[instance.upstream_id].status is Status.RUNNING
+    await power_off()
+    ended = await gpud.store.find(instance.upstream_id)
+    assert ended is not None
+    assert (ended.status, ended.failure) == (
+        Status.ERROR,
+        "its guest ended by itself 3 times in a row",
+    )
+    assert nothing_left(gpud, libvirtd)
+
+
+async def test_a_guest_that_powers_off_is_terminated_where_the_config_says_so(
+    start_gpud: StartGpud, libvirtd: LibvirtDaemon
+) -> None:
+    gpud = await start_gpud(on_poweroff="terminate")
+    instance = await gpud.running()
+    libvirtd.guests[instance.domain_uuid].powers_off()
+    assert (await gpud.ended(instance)).status is Status.TERMINATED
+    assert nothing_left(gpud, libvirtd)
+
+
+async def test_a_guest_that_never_reports_is_given_up_at_the_deadline(
+    gpud: Gpud, libvirtd: LibvirtDaemon, monotonic: Clock
+) -> None:
+    libvirtd.on_start = lambda _guest: None
+    instance = await gpud.reach(await gpud.order(), Step.AWAIT_READY)
+    await until(lambda: libvirtd.guests[instance.domain_uuid].channels[CHANNEL].stream)
+    monotonic.advance(899)
+    gpud.worker.wake_all()
+    await until(lambda: not gpud.worker._wakes[instance.upstream_id].is_set())
+    assert gpud.store.live[instance.upstream_id].status is Status.CREATING
+    monotonic.advance(2)
+    ended = await gpud.ended(instance)
+    assert ended.failure is not None
+    assert "within 900 s" in ended.failure
+    assert nothing_left(gpud, libvirtd)
