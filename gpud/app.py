@@ -93,6 +93,7 @@ async def running(config: Config) -> AsyncIterator[None]:
         desk = OrderDesk(config, store, inventory, images, lambda: hypervisor.available, metrics)
 
         store.subscribe(partial(_forget_console, consoles))
+        hypervisor.subscribe(guests.hear)
         hypervisor.subscribe(lambda uuid, *_: _wake(worker, store, uuid))
         hypervisor.on_connect(worker.wake_all)
 

@@ -1,20 +1,23 @@
 """Listens to running guests: what they print, and what they report of their startup script.
 
 Everything a guest sends is a tenant's word. A report only counts towards its own instance, lines have
-a length limit, and a guest that floods is read slowly: libvirt's streams hold it back, not our memory.
+a length limit, and of what a flooding guest sends faster than it is read the oldest is dropped.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from uuid import UUID
 
 import structlog
 
 from gpud.errors import GpudError
 from gpud.guest.console import ConsoleLogs
+from gpud.hypervisor.events import DomainEvent
 from gpud.hypervisor.libvirtd import Hypervisor
 from gpud.hypervisor.stream import GuestStream
 from gpud.model import Instance
@@ -34,19 +37,28 @@ Reader = Callable[[Instance], Awaitable[None]]
 
 _PAUSE_S = 0.05
 _PAUSE_AFTER_REPORT_S = 0.5
+_BOOT_EVERY_S = 60.0
 
 
 class GuestWatch:
     """Keeps one reader on the console and one on the report channel of every guest it is given."""
 
     def __init__(
-        self, hypervisor: Hypervisor, store: Store, consoles: ConsoleLogs, metrics: Metrics
+        self,
+        hypervisor: Hypervisor,
+        store: Store,
+        consoles: ConsoleLogs,
+        metrics: Metrics,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._hypervisor = hypervisor
         self._store = store
         self._consoles = consoles
         self._metrics = metrics
+        self._monotonic = monotonic
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._counted_at: dict[str, float] = {}
+        self._powered_off: set[UUID] = set()
 
     def attach(self, instance: Instance) -> None:
         """See that both readers of the instance's guest run; those that run already are left alone."""
@@ -63,7 +75,19 @@ class GuestWatch:
 
     async def detach(self, upstream_id: str) -> None:
         """Stop both readers of a guest."""
+        self._counted_at.pop(upstream_id, None)
         await self._end([key for key in self._tasks if key[0] == upstream_id])
+
+    def hear(self, domain_uuid: UUID, event: DomainEvent, detail: str) -> None:
+        """Take note of a lifecycle event: only it tells a power-off from a crash or a lost host."""
+        if event is DomainEvent.STOPPED and detail == "shutdown":
+            self._powered_off.add(domain_uuid)
+        elif event is DomainEvent.STARTED:
+            self._powered_off.discard(domain_uuid)
+
+    def powered_off(self, instance: Instance) -> bool:
+        """Whether the guest was seen to power itself off since its last start."""
+        return instance.domain_uuid in self._powered_off
 
     async def close(self) -> None:
         """Stop all readers. The guests do not notice: what they report waits for the next reader."""
@@ -108,12 +132,25 @@ class GuestWatch:
     ) -> None:
         """Record a report. Guests repeat them, so one that was recorded before is the usual case."""
         if what == b"started":
-            await self._store.guest_booted(upstream_id, boot_id.decode())
+            await self._count_boot(upstream_id, boot_id.decode())
         elif exit_code is not None:
             code = int(exit_code)
             if await self._store.script_exited(upstream_id, code):
                 self._metrics.script_exits.labels("ok" if code == 0 else "failed").inc()
                 _log.info("startup script ended", exit_code=code)
+
+    async def _count_boot(self, upstream_id: str, boot_id: str) -> None:
+        """Count a boot, but not more than one a minute: a tenant could make up boots without end.
+
+        One that is passed over for that is not lost, since the guest says it again.
+        """
+        instance = self._store.live.get(upstream_id)
+        if instance is None or instance.boot_id == boot_id:
+            return
+        now = self._monotonic()
+        if now - self._counted_at.get(upstream_id, -_BOOT_EVERY_S) >= _BOOT_EVERY_S:
+            await self._store.guest_booted(upstream_id, boot_id)
+            self._counted_at[upstream_id] = now
 
 
 async def _chunks(stream: GuestStream) -> AsyncGenerator[bytes, None]:

@@ -99,7 +99,8 @@ class Steps:
         self._guests.attach(instance)
         if await self._hypervisor.find(instance.domain_uuid) is not None:
             return Nap(_RUNNING_NAP_S)
-        if self._config.guest.on_poweroff == "terminate":
+        powered_off = self._guests.powered_off(instance)
+        if powered_off and self._config.guest.on_poweroff == "terminate":
             changes = {"status": Status.STOPPING}
             return Hop(Step.STOP_DOMAIN, "the guest powered itself off", changes)
         return self._start_again(instance)

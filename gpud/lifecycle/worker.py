@@ -136,12 +136,11 @@ class Worker:
         try:
             outcome = await self._steps[instance.step](instance)
         except Exception as error:
-            # What is being given back, or runs, is never given up.
-            if releasing or instance.step is Step.RUNNING or not self._final(instance, error):
+            if not self._may_give_up(instance) or not self._final(instance, error):
                 raise
             self._report(instance, error)
             outcome = Fail(f"{_FAILURES[instance.step]} ({_code(error).value})")
-        if isinstance(outcome, Nap) and self._late(instance) and not releasing:
+        if isinstance(outcome, Nap) and self._late(instance) and self._may_give_up(instance):
             outcome = Fail(f"{_FAILURES[instance.step]} within {deadline_s:g} s")
         return await self._commit(instance, outcome)
 
@@ -161,6 +160,12 @@ class Worker:
             seconds=round(spent_s, 3),
         )  # fmt: skip
         return 0
+
+    def _may_give_up(self, instance: Instance) -> bool:
+        """What is being given back is never given up; nor is a guest that has run: its disk is a
+        tenant's work, which outweighs any wait for a host to be mended.
+        """  # noqa: D205 - one sentence
+        return instance.step not in RELEASE_STEPS and instance.running_at is None
 
     def _final(self, instance: Instance, error: Exception) -> bool:
         expected = isinstance(error, GpudError) and not error.transient

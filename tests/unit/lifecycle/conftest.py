@@ -64,6 +64,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "_LAST_RETRY_S", 0.002)
     monkeypatch.setattr(guests, "_PAUSE_S", 0)
     monkeypatch.setattr(guests, "_PAUSE_AFTER_REPORT_S", 0)
+    monkeypatch.setattr(guests, "_BOOT_EVERY_S", 0)
 
 
 @pytest.fixture

@@ -116,7 +116,9 @@ class Gpud:
         self.consoles = ConsoleLogs(
             config.state_dir / "console", config.guest.console_log_kib * 1024
         )
-        self.guests = GuestWatch(self.hypervisor, self.store, self.consoles, self.metrics)
+        self.guests = GuestWatch(
+            self.hypervisor, self.store, self.consoles, self.metrics, self._monotonic
+        )
         self.steps = Steps(
             config, self.store, self.images, self.hypervisor, self.guests, self.metrics, self._clock
         )
@@ -130,6 +132,7 @@ class Gpud:
         self.reconciler = Reconciler(
             config, self.store, self.hypervisor, self.consoles, self.metrics
         )
+        self.hypervisor.subscribe(self.guests.hear)
         self.hypervisor.subscribe(lambda uuid, *_: self._wake(uuid))
         self.hypervisor.on_connect(self.worker.wake_all)
         self._connection = asyncio.create_task(self.hypervisor.run())

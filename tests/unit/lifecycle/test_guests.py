@@ -18,7 +18,7 @@ from gpud.lifecycle import guests as guests_module
 from gpud.lifecycle.guests import CHANNEL
 from gpud.model import Instance, Step
 from tests.unit.fakes.libvirt_daemon import Guest, LibvirtDaemon, error
-from tests.unit.fakes.orders import until
+from tests.unit.fakes.orders import Clock, until
 from tests.unit.lifecycle.conftest import StartGpud
 from tests.unit.lifecycle.gpud_under_test import CREATE_STEPS, Gpud
 
@@ -95,6 +95,24 @@ async def test_one_boot_counts_once_and_each_further_boot_too(
     guest.reports(started(boot_id))
     await everything_read(gpud, guest)
     assert watched().guest_boots == 2  # that boot, and the mark
+
+
+async def test_made_up_boots_count_once_a_minute(
+    gpud: Gpud, watched: Watched, guest: Guest, monotonic: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guests_module, "_BOOT_EVERY_S", 60)
+    for _ in range(50):
+        guest.boots()
+    last = uuid4()
+    guest.reports(started(last))
+    guest.prints(b"end")
+    await until(lambda: b"end" in gpud.consoles.read(next(iter(gpud.store.live))))
+    await asyncio.sleep(0.02)
+    assert watched().guest_boots == 1
+    monotonic.advance(61)
+    guest.reports(started(last))
+    await until(lambda: watched().boot_id == str(last))
+    assert watched().guest_boots == 2
 
 
 @pytest.mark.parametrize(("exit_code", "result"), [(0, "ok"), (1, "failed"), (255, "failed")])

@@ -9,6 +9,7 @@ import pytest
 
 from gpud.errors import Code, GpudError
 from gpud.guest.disk import InstanceFiles
+from gpud.hypervisor.events import DomainEvent
 from gpud.lifecycle import steps as steps_module
 from gpud.lifecycle.guests import CHANNEL
 from gpud.lifecycle.outcome import Fail, Hop, Nap, Outcome
@@ -269,9 +270,29 @@ async def test_a_guest_that_ended_is_terminated_where_the_config_says_so(
 ) -> None:
     gpud = await start_gpud(on_poweroff="terminate")
     await gpud.worker.close()
-    outcome = await run(gpud, await gpud.order(), Step.RUNNING)
+    instance = await gpud.order()
+    gpud.guests.hear(instance.domain_uuid, DomainEvent.STOPPED, "shutdown")
+    outcome = await run(gpud, instance, Step.RUNNING)
     changes = {"status": Status.STOPPING}
     assert outcome == Hop(Step.STOP_DOMAIN, "the guest powered itself off", changes)
+
+
+@pytest.mark.parametrize(
+    ("event", "detail"),
+    [(DomainEvent.STOPPED, "crashed"), (DomainEvent.SHUTDOWN, "guest"), (None, "")],
+    ids=["QEMU crashed", "it only began to", "the host was rebooted"],
+)
+async def test_a_guest_that_did_not_power_off_is_started_again_wherever(
+    start_gpud: StartGpud, event: DomainEvent | None, detail: str
+) -> None:
+    gpud = await start_gpud(on_poweroff="terminate")
+    await gpud.worker.close()
+    instance = await gpud.order()
+    if event is not None:
+        gpud.guests.hear(instance.domain_uuid, event, detail)
+    outcome = await run(gpud, instance, Step.RUNNING)
+    assert isinstance(outcome, Hop)
+    assert outcome.step is Step.START_DOMAIN
 
 
 # -- giving back -----------------------------------------------------------------------------------

@@ -428,6 +428,21 @@ async def test_a_guest_that_powers_off_is_terminated_where_the_config_says_so(
     assert nothing_left(gpud, libvirtd)
 
 
+async def test_a_guest_that_has_run_is_never_given_up(
+    gpud: Gpud, libvirtd: LibvirtDaemon, monotonic: Clock
+) -> None:
+    """Its disk is the tenant's work: it waits for the host to be mended."""
+    instance = await gpud.running()
+    libvirtd.fault("createXML", error("no firmware"), times=3)
+    libvirtd.guests[instance.domain_uuid].powers_off()
+    await until(lambda: libvirtd.calls.count("createXML") >= 2)
+    monotonic.advance(100_000)
+    await until(lambda: libvirtd.calls.count("createXML") >= 5)
+    await until(lambda: gpud.store.live[instance.upstream_id].step is Step.RUNNING)
+    assert gpud.store.live[instance.upstream_id].status is Status.RUNNING
+    assert gpud.directories() == {instance.upstream_id}
+
+
 async def test_a_guest_that_never_reports_is_given_up_at_the_deadline(
     gpud: Gpud, libvirtd: LibvirtDaemon, monotonic: Clock
 ) -> None:
