@@ -95,9 +95,9 @@ class AnyHistory(RuleBasedStateMachine):
             (connection, "FIRST_PAUSE_S"), (connection, "LONGEST_PAUSE_S"),
             (worker, "_FIRST_RETRY_S"), (worker, "_LAST_RETRY_S"),
             (guests, "_PAUSE_S"), (guests, "_PAUSE_AFTER_REPORT_S"),
-            (guests, "_BOOT_EVERY_S"),
         ):  # fmt: skip
             patch.setattr(module, name, 0.0005)
+        patch.setattr(guests, "_BOOT_EVERY_S", 0)  # on a clock that stands still
         self.runner.run(self._add_image())
         self.gpud = self.runner.run(self._start())
 
