@@ -20,13 +20,13 @@ help: ## this list
 
 setup: ## packages, virtual environment, libvirtd, guest image
 	@tests/setup.sh
-	@$(MAKE) --no-print-directory $(VENV)/.ready $(IMAGE)
+	@$(MAKE) --no-print-directory --silent $(VENV)/.ready $(IMAGE)
 
 $(VENV)/.ready: pyproject.toml
 	@echo "setup: virtual environment" >&2
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	@$(BIN)/python -m pip install --quiet --editable . --group dev
+	@$(BIN)/python -m pip install -qq --upgrade 'pip>=25.1'
+	@$(BIN)/python -m pip install -qq --editable . --group dev
 	@touch $@
 
 $(IMAGE): tests/guest/build.sh

@@ -5,7 +5,7 @@ The startup script is what connects the instance, so the guest's boot is arrange
 
 - ``dsmode: local`` lets cloud-init run its first modules before the network is brought up, instead
   of after it; a cloud-init that ignores it runs the same modules one stage later.
-- Only modules that prepare the login, the disk and the script are run.
+- Only modules that prepare the script, the login and the disk are run.
 - The script is started by a systemd unit as soon as there is a route, beside the rest of the boot.
 - The network is configured statically, so nothing waits for DHCP.
 """
@@ -33,16 +33,17 @@ _USER_MODE_ADDRESS: Final = IPv4Interface("10.0.2.15/24")
 _USER_MODE_GATEWAY: Final = IPv4Address("10.0.2.2")
 _USER_MODE_NAMESERVER: Final = IPv4Address("10.0.2.3")
 
-_MODULES: Final = [
-    "growpart",
-    "resizefs",
+# The script's unit is started first and waits for the network, which waits for this stage: so the
+# login is ready when the script starts. The disk is grown beside it, in the stage after the network.
+_FIRST_MODULES: Final = [
+    "write_files",
+    "bootcmd",
     "set_hostname",
     "update_etc_hosts",
     "users_groups",
-    "write_files",
-    "bootcmd",
     "ssh",
 ]
+_LATER_MODULES: Final = ["growpart", "resizefs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +147,8 @@ def _user_data(spec: GuestSpec) -> dict[str, Any]:
             *(_file(f"{_UNITS}/{name}", text, "0644") for name, text in units.items()),
         ],
         "bootcmd": [["sh", "-c", template("boot.sh"), "gpud-boot", *units]],
-        "cloud_init_modules": _MODULES,
-        "cloud_config_modules": [],
+        "cloud_init_modules": _FIRST_MODULES,
+        "cloud_config_modules": _LATER_MODULES,
         "cloud_final_modules": [],
     }
 

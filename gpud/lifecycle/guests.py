@@ -17,6 +17,7 @@ import structlog
 
 from gpud.errors import GpudError
 from gpud.guest.console import ConsoleLogs
+from gpud.hypervisor.domainxml import CHANNEL_NAME
 from gpud.hypervisor.events import DomainEvent
 from gpud.hypervisor.libvirtd import Hypervisor
 from gpud.hypervisor.stream import GuestStream
@@ -25,9 +26,6 @@ from gpud.store import Store
 from gpud.telemetry import Metrics
 
 _log = structlog.get_logger()
-
-CHANNEL = "ai.gpu.gpud.0"
-"""Name of the virtio-serial port that guests report on."""
 
 _REPORT = re.compile(
     rb"^gpud1 (started|exited) ([0-9a-f-]{36})(?: ([0-9]{1,3}))?\r?$", re.MULTILINE
@@ -117,7 +115,7 @@ class GuestWatch:
                 await asyncio.to_thread(self._consoles.append, instance.upstream_id, output)
 
     async def _take_reports(self, instance: Instance) -> None:
-        stream = await self._hypervisor.channel(instance.domain_uuid, CHANNEL)
+        stream = await self._hypervisor.channel(instance.domain_uuid, CHANNEL_NAME)
         rest = b""
         async with aclosing(_chunks(stream)) as chunks:
             async for chunk in chunks:

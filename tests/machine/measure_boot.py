@@ -22,9 +22,8 @@ from gpud.guest import cloudinit, disk
 from gpud.guest.disk import InstanceFiles
 from gpud.guest.image import Image, ImageStore
 from gpud.guest.seed import write_seed
-from gpud.hypervisor.domainxml import DomainSpec, UserNetwork, render
+from gpud.hypervisor.domainxml import CHANNEL_NAME, DomainSpec, UserNetwork, render
 from gpud.hypervisor.libvirtd import Hypervisor
-from gpud.lifecycle.guests import CHANNEL
 from gpud.model import Gpu, Grant, GuestInput, Instance, PciAddress, Shape, Status, Step, Tier
 from tests.machine.gpu_ai import default_state
 from tests.machine.server import DEMO_CONFIG, test_image
@@ -36,7 +35,7 @@ BOOT_TIMEOUT_S = 900
 def plain(seed: dict[str, bytes]) -> dict[str, bytes]:
     """The seed people write: the user, the key, and the script in ``runcmd``."""
     ours = yaml.safe_load(seed["user-data"])
-    port = f"/dev/virtio-ports/{CHANNEL}"
+    port = f"/dev/virtio-ports/{CHANNEL_NAME}"
     report = f'echo "gpud1 started $(cat /proc/sys/kernel/random/boot_id)" >{port}'
     data = {"hostname": ours["hostname"], "users": ours["users"], "runcmd": [["sh", "-c", report]]}
     meta = {
@@ -50,11 +49,11 @@ def plain(seed: dict[str, bytes]) -> dict[str, bytes]:
 
 
 async def order_to_script_s(
-    hypervisor: Hypervisor, image: Image, state_dir: Path, *, ours: bool
+    hypervisor: Hypervisor, image: Image, state_dir: Path, *, cores: int, ours: bool
 ) -> float:
     """Clone, seed, start, and wait for the guest's report; then remove everything."""
     config = load_config(DEMO_CONFIG)
-    shape = Shape("h100_sxm", 1, 1, 1024, 6)
+    shape = Shape("h100_sxm", 1, cores, 1024, 6)
     instance = example(shape, image)
     given = GuestInput((KEY,), None, b"#!/bin/sh\nexit 0\n")
     seed = cloudinit.render(cloudinit.GuestSpec.of(instance, given, config))
@@ -76,7 +75,7 @@ async def order_to_script_s(
                 )
             ),
         )  # fmt: skip
-        stream = await hypervisor.channel(instance.domain_uuid, CHANNEL)
+        stream = await hypervisor.channel(instance.domain_uuid, CHANNEL_NAME)
         async with asyncio.timeout(BOOT_TIMEOUT_S):
             heard = b""
             while b"gpud1 started" not in heard:
@@ -99,7 +98,9 @@ def example(shape: Shape, image: Image) -> Instance:
 async def main() -> None:
     parser = argparse.ArgumentParser(prog="make measure-boot")
     parser.add_argument("--rounds", type=int, default=3)
-    rounds: int = parser.parse_args().rounds
+    parser.add_argument("--cores", type=int, default=2)
+    arguments = parser.parse_args()
+    rounds: int = arguments.rounds
     state_dir = default_state("gpud-measure")
     shutil.rmtree(state_dir, ignore_errors=True)
     state_dir.mkdir(parents=True)
@@ -111,15 +112,17 @@ async def main() -> None:
     times: dict[bool, list[float]] = {True: [], False: []}
     for number in range(rounds):
         for ours in (True, False):
-            seconds = await order_to_script_s(hypervisor, image, state_dir, ours=ours)
+            seconds = await order_to_script_s(
+                hypervisor, image, state_dir, cores=arguments.cores, ours=ours
+            )
             times[ours].append(seconds)
             print(
                 f"round {number + 1}: {'gpud' if ours else 'runcmd':6} {seconds:6.1f} s", flush=True
             )
     connection.cancel()
     gpud, runcmd = (statistics.median(times[ours]) for ours in (True, False))
-    print(f"order to script, median of {rounds}: gpud {gpud:.1f} s, runcmd {runcmd:.1f} s, "
-          f"ratio {gpud / runcmd:.2f}")  # fmt: skip
+    print(f"order to script, {arguments.cores} vCPUs, median of {rounds}: "
+          f"gpud {gpud:.1f} s, runcmd {runcmd:.1f} s, ratio {gpud / runcmd:.2f}")  # fmt: skip
     shutil.rmtree(state_dir)
 
 

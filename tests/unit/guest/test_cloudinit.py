@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from gpud.configfile import parse_config
 from gpud.guest.cloudinit import SCRIPT_FILE, GuestSpec, render, template
+from gpud.hypervisor.domainxml import CHANNEL_NAME
 from gpud.model import Grant, GuestInput, Instance, Shape, Status, Step, Tier
 
 GOLDEN = Path(__file__).parents[2] / "data" / "seed"
@@ -116,14 +117,23 @@ def test_only_ordered_units_are_enabled() -> None:
 
 def test_files_are_written_before_they_are_started() -> None:
     modules = user_data(USER_MODE)["cloud_init_modules"]
-    assert modules.index("users_groups") < modules.index("write_files") < modules.index("bootcmd")
-    assert modules.index("resizefs") < modules.index("bootcmd")
+    assert modules.index("write_files") < modules.index("bootcmd")
+
+
+def test_the_login_is_made_in_the_stage_that_the_network_waits_for() -> None:
+    data = user_data(USER_MODE)
+    assert {"users_groups", "ssh"} <= set(data["cloud_init_modules"])
+    assert data["cloud_config_modules"] == ["growpart", "resizefs"]
 
 
 @pytest.mark.real_command("sh")
 @pytest.mark.parametrize("name", ["run.sh", "boot.sh"])
 def test_shell_templates_are_posix_shell(name: str) -> None:
     subprocess.run(["sh", "-n"], input=template(name), text=True, check=True)
+
+
+def test_guests_report_on_the_port_that_the_domain_has() -> None:
+    assert f"port={CHANNEL_NAME}\n" in template("run.sh")
 
 
 CONFIG = """

@@ -13,9 +13,9 @@ from uuid import uuid4
 import pytest
 import structlog.testing
 
+from gpud.hypervisor.domainxml import CHANNEL_NAME
 from gpud.hypervisor.stream import CHUNK_BYTES, UNREAD_LIMIT_BYTES
 from gpud.lifecycle import guests as guests_module
-from gpud.lifecycle.guests import CHANNEL
 from gpud.model import Instance, Step
 from tests.unit.fakes.libvirt_daemon import Guest, LibvirtDaemon, error
 from tests.unit.fakes.orders import Clock, until
@@ -53,7 +53,7 @@ Watched = Callable[[], Instance]
 async def watched(gpud: Gpud, instance: Instance, guest: Guest) -> Watched:
     """Attach, and give the instance's record as it is."""
     gpud.guests.attach(instance)
-    await until(lambda: guest.channels[CHANNEL].stream and guest.console.stream)
+    await until(lambda: guest.channels[CHANNEL_NAME].stream and guest.console.stream)
     return lambda: gpud.store.live[instance.upstream_id]
 
 
@@ -241,7 +241,7 @@ async def test_attaching_twice_makes_one_reader_of_each_kind(
 ) -> None:
     gpud.guests.attach(instance)
     await everything_read(gpud, guest)
-    assert (guest.console.opened, guest.channels[CHANNEL].opened) == (1, 1)
+    assert (guest.console.opened, guest.channels[CHANNEL_NAME].opened) == (1, 1)
 
 
 async def test_streams_that_ended_are_opened_again_by_the_next_attach(
@@ -251,7 +251,7 @@ async def test_streams_that_ended_are_opened_again_by_the_next_attach(
     await until(lambda: all(task.done() for task in gpud.guests._tasks.values()))
     guest.prints(b"meanwhile ")
     gpud.guests.attach(instance)
-    await until(lambda: guest.console.stream and guest.channels[CHANNEL].stream)
+    await until(lambda: guest.console.stream and guest.channels[CHANNEL_NAME].stream)
     await everything_read(gpud, guest)
     assert gpud.consoles.read(instance.upstream_id).startswith(b"meanwhile ")
     assert watched().guest_boots == 1
@@ -278,7 +278,7 @@ async def test_a_stream_that_cannot_be_opened_leaves_the_other_be(
     gpud.guests.attach(instance)
     await until(lambda: sum(task.done() for task in gpud.guests._tasks.values()) == 1)
     gpud.guests.attach(instance)
-    await until(lambda: guest.console.stream and guest.channels[CHANNEL].stream)
+    await until(lambda: guest.console.stream and guest.channels[CHANNEL_NAME].stream)
 
 
 async def test_readers_of_a_guest_that_is_gone_end_quietly(
@@ -300,7 +300,7 @@ async def test_detach_closes_both_streams_before_it_returns(
     await until(lambda: watched().guest_boots)
     await gpud.guests.detach(instance.upstream_id)
     assert guest.console.stream is None
-    assert guest.channels[CHANNEL].stream is None
+    assert guest.channels[CHANNEL_NAME].stream is None
     assert gpud.guests._tasks == {}
     await gpud.guests.detach(instance.upstream_id)
 
@@ -317,7 +317,7 @@ async def test_detach_in_the_middle_of_a_pause_closes_the_stream_too(
     await until(lambda: watched().guest_boots)
     await asyncio.sleep(0.005)
     await gpud.guests.detach(instance.upstream_id)
-    assert guest.channels[CHANNEL].stream is None
+    assert guest.channels[CHANNEL_NAME].stream is None
 
 
 async def test_close_leaves_what_comes_later_for_the_next_reader(

@@ -9,9 +9,9 @@ import pytest
 
 from gpud.errors import Code, GpudError
 from gpud.guest.disk import InstanceFiles
+from gpud.hypervisor.domainxml import CHANNEL_NAME
 from gpud.hypervisor.events import DomainEvent
 from gpud.lifecycle import steps as steps_module
-from gpud.lifecycle.guests import CHANNEL
 from gpud.lifecycle.outcome import Fail, Hop, Nap, Outcome
 from gpud.lifecycle.steps import lease_name
 from gpud.model import Instance, Status, Step
@@ -135,7 +135,7 @@ async def test_the_domain_has_what_was_granted(
     assert nic is not None
     assert nic.find("source[@network='gpud']") is not None
     assert nic.find(f"mac[@address='{instance.mac}']") is not None
-    assert list(libvirtd.guests[instance.domain_uuid].channels) == [CHANNEL]
+    assert list(libvirtd.guests[instance.domain_uuid].channels) == [CHANNEL_NAME]
 
 
 @pytest.mark.parametrize("best", ["kvm", "qemu"])
@@ -228,7 +228,7 @@ async def test_a_guest_that_runs_is_left_alone_and_listened_to(
     await run(still, instance, *TO_START)
     assert isinstance(await run(still, instance, Step.RUNNING), Nap)
     guest = libvirtd.guests[instance.domain_uuid]
-    await until(lambda: guest.console.stream and guest.channels[CHANNEL].stream)
+    await until(lambda: guest.console.stream and guest.channels[CHANNEL_NAME].stream)
 
 
 @pytest.mark.parametrize(

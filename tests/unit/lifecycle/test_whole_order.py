@@ -14,7 +14,7 @@ import pytest
 from gpud import command
 from gpud.errors import Code, GpudError
 from gpud.guest.image import ImageStore
-from gpud.lifecycle.guests import CHANNEL
+from gpud.hypervisor.domainxml import CHANNEL_NAME
 from gpud.model import Instance, Status, Step
 from tests.unit.fakes.libvirt_daemon import LibvirtDaemon, error
 from tests.unit.fakes.orders import Clock, until
@@ -211,7 +211,7 @@ async def test_a_guest_that_became_ready_while_the_daemon_was_away_is_running(
     gpud = await start_gpud()
     instance = await gpud.reach(await gpud.order(), Step.AWAIT_READY)
     guest = libvirtd.guests[instance.domain_uuid]
-    await until(lambda: guest.channels[CHANNEL].stream)
+    await until(lambda: guest.channels[CHANNEL_NAME].stream)
     await gpud.kill()
     guest.boots()
     gpud = await start_gpud()
@@ -448,7 +448,7 @@ async def test_a_guest_that_never_reports_is_given_up_at_the_deadline(
 ) -> None:
     libvirtd.on_start = lambda _guest: None
     instance = await gpud.reach(await gpud.order(), Step.AWAIT_READY)
-    await until(lambda: libvirtd.guests[instance.domain_uuid].channels[CHANNEL].stream)
+    await until(lambda: libvirtd.guests[instance.domain_uuid].channels[CHANNEL_NAME].stream)
     monotonic.advance(899)
     gpud.worker.wake_all()
     await until(lambda: not gpud.worker._wakes[instance.upstream_id].is_set())
