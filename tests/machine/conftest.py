@@ -61,6 +61,7 @@ async def _end(server: GpudServer, request: pytest.FixtureRequest) -> None:
             print(f"--- {log.name} ends with\n{log.read_text(errors='replace')[-3000:]}")
     server.stop()
     await server.remove_domains()
+    await server.remove_network()
     server.erase()
 
 

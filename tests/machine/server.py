@@ -86,6 +86,13 @@ class GpudServer:
             if f"gpud-{directory.name}" in await self.domains():
                 await output_of("virsh", "-q", "-c", uri, "destroy", f"gpud-{directory.name}")
 
+    async def remove_network(self) -> None:
+        """Remove the libvirt network that the daemon has made, if its config has one."""
+        network = self.config["network"]
+        if network["mode"] == "network":
+            for verb in ("net-destroy", "net-undefine"):
+                await output_of("virsh", "-c", self.config["libvirt"]["uri"], verb, network["name"])
+
     def leftovers(self) -> list[str]:
         """Files that instances have left in the state directory."""
         places = (self.state_dir / "instances", self.state_dir / "console")

@@ -119,7 +119,7 @@ def secret_free(server: GpudServer, tunnel: TunnelEnd) -> bool:
 async def test_a_guest_in_the_network_has_its_own_address_and_runs_its_script_once(
     start_server: ServerFactory, tunnel: TunnelEnd
 ) -> None:
-    network = {"mode": "network", "name": "gpudtest", "subnet": "10.177.0.0/24"}
+    network = {"mode": "network", "name": "gpudorder", "subnet": "10.177.0.0/24"}
     server, caller = await start_server(network=network, guest={"script_runs": "once"})
     accepted = await caller.order(
         instance_id="story-2", gpu_type="h100_sxm", gpu_count=1, tier="spot",
@@ -151,7 +151,7 @@ async def test_a_guest_in_the_network_has_its_own_address_and_runs_its_script_on
     await caller.delete(upstream_id)
     await nothing_left(server, caller, upstream_id)
     leases = await output_of(
-        "virsh", "-c", server.config["libvirt"]["uri"], "net-dumpxml", "gpudtest"
+        "virsh", "-c", server.config["libvirt"]["uri"], "net-dumpxml", "gpudorder"
     )
     assert "<host mac" not in leases
 
