@@ -30,7 +30,7 @@ usage() {
 usage: ${0##*/} [--help] [--packages] OUT.qcow2
   Builds a Debian $SUITE guest (UEFI, cloud-init, serial console) and puts it at OUT.qcow2.
   --packages  print the host packages this script needs, and exit
-  TMPDIR      where scratch goes (about 2 GiB); without it, next to OUT
+  TMPDIR      where scratch goes (about 2 GiB); without it, /var/tmp
 USAGE
 }
 
@@ -57,10 +57,11 @@ fi
 out=$(realpath -m -- "$1")
 mkdir -p -- "${out%/*}"
 part=$out.part.$$              # same directory as OUT, so that the last step is a rename
-work=$(mktemp -d -p "${TMPDIR:-${out%/*}}" guest-build.XXXXXX)
+# Not next to OUT: mmdebstrap's unshared user has another uid, which a home directory does not let in.
+work=$(mktemp -d -p "${TMPDIR:-/var/tmp}" guest-build.XXXXXX)
 trap 'rm -rf -- "$work" "$part"' EXIT
 trap 'exit 1' HUP INT TERM
-chmod 0755 "$work"             # mmdebstrap's unshared user has another uid
+chmod 0755 "$work"
 
 # The mirror apt already uses here, if it is a Debian one; else mmdebstrap's own default.
 # shellcheck disable=SC2016  # apt's fields, not the shell's
