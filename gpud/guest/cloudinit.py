@@ -33,8 +33,8 @@ _USER_MODE_ADDRESS: Final = IPv4Interface("10.0.2.15/24")
 _USER_MODE_GATEWAY: Final = IPv4Address("10.0.2.2")
 _USER_MODE_NAMESERVER: Final = IPv4Address("10.0.2.3")
 
-# The script's unit is started first and waits for the network, which waits for this stage: so the
-# login is ready when the script starts. The disk is grown beside it, in the stage after the network.
+# bootcmd grows the disk and starts the script's unit, beside the modules after it. The unit waits for
+# the network, which waits for this stage: so the login is made when the script starts.
 _FIRST_MODULES: Final = [
     "write_files",
     "bootcmd",

@@ -97,7 +97,7 @@ class Demo:
             seen = await self.tunnel.log_in(self.tunnel_port, user, LOOK_AROUND)
             for line in seen.splitlines():
                 self.show(line)
-            for wanted in (self.upstream_id, EDU_DEVICE, "startup script: pid"):
+            for wanted in (self.upstream_id, "disk:      5.", EDU_DEVICE, "startup script: pid"):
                 assert wanted in seen, f"the guest does not show {wanted}"
 
     async def give_back(self, caller: GpuAi) -> None:
@@ -117,12 +117,13 @@ class Demo:
             assert available == 2
 
     def say_how_to_go_on(self, token: str) -> None:
-        url, auth = self.server.url, f'-H "Authorization: Bearer {token}"'
+        url, auth = self.server.url, '-H "Authorization: Bearer $TOKEN"'
         login = " ".join(self.tunnel.login_command(self.tunnel_port, "ubuntu"))
         pids = self.pid_file.read_text()
         print(f"""
 All of it is left running. The token is good for an hour.
 
+  TOKEN={token}
   curl {auth} {url}/v1/gpu/available
   curl {auth} {url}/v1/instances/{self.upstream_id}
   curl {auth} -X DELETE {url}/v1/instances/{self.upstream_id}

@@ -126,6 +126,11 @@ def test_the_login_is_made_in_the_stage_that_the_network_waits_for() -> None:
     assert data["cloud_config_modules"] == ["growpart", "resizefs"]
 
 
+def test_the_disk_is_grown_before_the_script_is_started() -> None:
+    boot = template("boot.sh")
+    assert boot.index("    grow\n") < boot.index("    systemctl start")
+
+
 @pytest.mark.real_command("sh")
 @pytest.mark.parametrize("name", ["run.sh", "boot.sh"])
 def test_shell_templates_are_posix_shell(name: str) -> None:
