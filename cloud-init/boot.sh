@@ -26,7 +26,7 @@ if [ ! -e "$dir/fetched" ]; then
     # Without a reload: systemd reads units that it has not seen yet when they are started.
     systemctl enable --no-reload "$@"
 fi
-{
-    grow
-    systemctl start --no-block "$@"
-} >/dev/null 2>&1 &
+# The units wait for the network, which comes up when cloud-init has ended this stage: by then the file
+# system has usually grown.
+systemctl start --no-block "$@"
+grow >/dev/null 2>&1 &
