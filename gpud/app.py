@@ -66,11 +66,11 @@ async def running(config: Config) -> AsyncIterator[None]:
         Exception: Something in the background ended that must not.
     """
     tls = tls_context(config.server.tls) if config.server.tls else None
-    for name, mode in (("images", 0o755), ("instances", 0o711), ("console", 0o700)):
-        _directory(config.state_dir / name, mode)
     async with AsyncExitStack() as stack:
         store = await Store.open(config.state_dir)
         stack.push_async_callback(store.close)
+        for name, mode in (("images", 0o755), ("instances", 0o711), ("console", 0o700)):
+            _directory(config.state_dir / name, mode)
         session = await stack.enter_async_context(aiohttp.ClientSession())
         authenticator = Authenticator(config.auth, session)
         await authenticator.start()
@@ -160,7 +160,8 @@ def _forget_console(consoles: ConsoleLogs, instance: Instance) -> None:
 
 def _directory(path: Path, mode: int) -> None:
     try:
-        path.mkdir(mode=mode, parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(mode)  # not left to the umask: QEMU's user must pass through
     except OSError as error:
         raise GpudError(
             Code.STATE_UNUSABLE, f"{path} cannot be made: {error.strerror}", hint="see state_dir"

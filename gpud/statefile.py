@@ -26,7 +26,9 @@ def lock(state_dir: Path) -> IO[str]:
         GpudError: ``STATE_UNUSABLE``: another gpud runs on it, or it cannot be written.
     """
     try:
-        state_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+        if not state_dir.is_dir():
+            state_dir.mkdir(parents=True)
+            state_dir.chmod(0o711)  # not left to the umask: QEMU's user must pass through
         lock_file = (state_dir / "lock").open("a", encoding="ascii")
     except OSError as error:
         raise GpudError(

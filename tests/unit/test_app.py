@@ -72,13 +72,21 @@ async def test_all_doors_open_and_close(tmp_path: Path) -> None:
         assert not config.admin_socket_path.exists()
 
 
-async def test_directories_have_their_modes(tmp_path: Path) -> None:
-    async with app.running(config_for(tmp_path)):
-        modes = {
-            name: stat.S_IMODE((tmp_path / name).stat().st_mode)
-            for name in ("instances", "console", "state.sqlite")
-        }
-    assert modes == {"instances": 0o711, "console": 0o700, "state.sqlite": 0o600}
+@pytest.mark.parametrize("umask", [0o022, 0o077], ids=["a shell's umask", "the unit's"])
+async def test_directories_have_their_modes(tmp_path: Path, umask: int) -> None:
+    state_dir = tmp_path / "state"
+    before = os.umask(umask)
+    try:
+        async with app.running(config_for(state_dir)):
+            modes = {
+                name: stat.S_IMODE((state_dir / name).stat().st_mode)
+                for name in (".", "images", "instances", "console", "state.sqlite")
+            }
+    finally:
+        os.umask(before)
+    assert modes == {
+        ".": 0o711, "images": 0o755, "instances": 0o711, "console": 0o700, "state.sqlite": 0o600,
+    }  # fmt: skip
 
 
 async def test_it_starts_while_the_issuer_is_away_and_says_so(tmp_path: Path) -> None:
