@@ -24,10 +24,3 @@ def notify(state: str, environ: Mapping[str, str] = os.environ) -> bool:
         except OSError:
             return False
     return True
-
-
-def watchdog_interval_s(environ: Mapping[str, str] = os.environ) -> float | None:
-    """How often to send ``WATCHDOG=1``: half of what systemd waits; None when it does not watch."""
-    micros = environ.get("WATCHDOG_USEC", "")
-    watched = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-    return int(micros) / 2_000_000 if micros.isdigit() and int(micros) and watched else None

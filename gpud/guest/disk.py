@@ -34,8 +34,6 @@ from gpud.model import UPSTREAM_ID
 _log = structlog.get_logger()
 
 _GIB: Final = 2**30
-_BLOCK_BYTES: Final = 512
-"""Unit of ``st_blocks``, whatever the file system's own block size (``man 3 stat``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,21 +119,6 @@ async def remove(files: InstanceFiles) -> None:
     """
     with _storage_errors(files):
         await asyncio.to_thread(_remove, files)
-
-
-def allocated_bytes(files: InstanceFiles) -> int:
-    """Disk space that the instance takes by itself; its share of the base image is none."""
-    try:
-        entries = [entry for entry in files.directory.iterdir() if entry != files.base]
-    except FileNotFoundError:
-        return 0
-    total = 0
-    for entry in entries:
-        try:
-            total += entry.lstat().st_blocks * _BLOCK_BYTES
-        except FileNotFoundError:  # removed or renamed meanwhile
-            continue
-    return total
 
 
 def _stand_on_base(files: InstanceFiles, image: Image) -> bool:

@@ -113,6 +113,12 @@ def test_the_demo_config_is_valid() -> None:
     assert [offer.gpu_type for offer in config.offers] == ["h100_sxm"]
 
 
+def test_the_readmes_config_is_valid() -> None:
+    readme = (CONFIG_DIR.parent / "README.md").read_text()
+    (shown,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    assert sum(len(offer.gpu_counts) for offer in parse_config(shown).offers) == 4
+
+
 def test_all_problems_are_told_at_once_with_their_keys() -> None:
     found = problems(
         """

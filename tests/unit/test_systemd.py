@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gpud.systemd import notify, watchdog_interval_s
+from gpud.systemd import notify
 
 
 def listener(address: str) -> socket.socket:
@@ -39,20 +39,3 @@ def test_nothing_is_sent_where_nobody_asked(environ: dict[str, str]) -> None:
 
 def test_a_socket_that_is_gone_is_no_error(tmp_path: Path) -> None:
     assert not notify("READY=1", {"NOTIFY_SOCKET": str(tmp_path / "gone")})
-
-
-@pytest.mark.parametrize(
-    ("environ", "interval_s"),
-    [
-        ({}, None),
-        ({"WATCHDOG_USEC": "30000000"}, 15.0),
-        ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": str(os.getpid())}, 15.0),
-        ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "1"}, None),
-        ({"WATCHDOG_USEC": "0"}, None),
-        ({"WATCHDOG_USEC": "soon"}, None),
-    ],
-)
-def test_watchdog_is_fed_at_half_its_time(
-    environ: dict[str, str], interval_s: float | None
-) -> None:
-    assert watchdog_interval_s(environ) == interval_s

@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 from gpud import command
 from gpud.errors import Code, GpudError
 from gpud.guest import qcow2
-from gpud.guest.disk import InstanceFiles, allocated_bytes, clone, remove
+from gpud.guest.disk import InstanceFiles, clone, remove
 from gpud.guest.image import Image, ImageStore
 
 pytestmark = pytest.mark.real_command("qemu-img", "qemu-io")
@@ -309,24 +309,3 @@ class TestRemove:
         await remove(files)
         assert (victim / "disk.qcow2").read_bytes() == b"precious"
         assert not files.directory.exists()
-
-
-class TestAllocatedBytes:
-    async def test_counts_what_the_instance_alone_takes(
-        self, files: InstanceFiles, image: Image
-    ) -> None:
-        assert allocated_bytes(files) == 0
-        await clone(files, image, 1)
-        fresh = allocated_bytes(files)
-
-        files.nvram.write_bytes(b"x" * 2**20)
-
-        assert 0 < fresh < 2**20
-        assert allocated_bytes(files) == fresh + 2**20
-
-    async def test_file_that_vanishes_meanwhile_is_left_out(
-        self, files: InstanceFiles, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(Path, "iterdir", lambda _: iter([files.disk]))
-
-        assert allocated_bytes(files) == 0
