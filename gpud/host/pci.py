@@ -1,0 +1,270 @@
+"""PCI as sysfs tells it: every function of the host, what drives it, and which group it is in.
+
+The attributes are those of the kernel's ``Documentation/ABI/testing/sysfs-bus-pci``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from gpud.model import PciAddress
+
+NVIDIA: Final = 0x10DE
+"""NVIDIA's PCI vendor id."""
+
+_HOST_BRIDGE: Final = 0x0600
+_BRIDGE: Final = 0x0604
+_DISPLAYS: Final = frozenset({0x0300, 0x0302})  # VGA compatible controller, 3D controller
+_OTHER_BRIDGE: Final = 0x0680
+_BASE_CLASS_SHIFT: Final = 8  # drops the programming interface
+
+_HEADER_BYTES: Final = 64
+"""What anybody may read of a function's config space, and all that is safe to read of any."""
+_HEADER_TYPE_OFFSET: Final = 0x0E
+_HEADER_TYPE_MASK: Final = 0x7F  # the top bit says that the slot has more functions
+_BRIDGE_HEADER: Final = 1
+
+_BAR_COUNT: Final = 6
+"""Lines of ``resource`` that are BARs; the ROM, virtual functions and bridge windows follow."""
+# Flags of a line in ``resource`` (include/linux/ioport.h).
+_MEMORY: Final = 0x0000_0200
+_PREFETCHABLE: Final = 0x0000_2000
+_64_BIT: Final = 0x0010_0000
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A memory BAR: a window through which the CPU reaches into a function."""
+
+    size_bytes: int
+    is_64bit: bool
+    prefetchable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PciFunction:
+    """One PCI function.
+
+    A function that is there but whose ids cannot be made out has zeros for them: it stays in its
+    group, where it counts as a device that nobody knows.
+
+    Attributes:
+        vendor: PCI vendor id as the kernel saw it when it found the function; likewise the other ids.
+        class_code: Base class, subclass and programming interface: ``0x030200``.
+        driver: The driver it is bound to; None where there is none.
+        iommu_group: None where there is no IOMMU in use for it.
+        numa_node: None where the firmware does not tell.
+        bars: Its memory BARs in order, those of other kinds left out.
+        reset_methods: Ways in which the kernel can reset it, in the order in which it tries them.
+        power_state: ``D0`` (fully on) to ``D3cold`` (no power), or ``unknown``.
+        d3cold_allowed: Whether the kernel may cut its power; None where it does not tell.
+        upstream: The bridges above it, from the root down.
+        config_header: The first 64 bytes of config space, from the device itself; empty if unreadable.
+    """
+
+    address: PciAddress
+    vendor: int
+    device: int
+    subsystem_vendor: int
+    subsystem_device: int
+    class_code: int
+    revision: int = 0
+    driver: str | None = None
+    iommu_group: int | None = None
+    numa_node: int | None = None
+    bars: tuple[Bar, ...] = ()
+    reset_methods: tuple[str, ...] = ()
+    power_state: str = "unknown"
+    d3cold_allowed: bool | None = None
+    upstream: tuple[PciAddress, ...] = ()
+    config_header: bytes = b""
+
+    @property
+    def ids(self) -> str:
+        """Vendor and device, as ``lspci -n`` writes them: ``10de:2330``."""
+        return f"{self.vendor:04x}:{self.device:04x}"
+
+    @property
+    def is_nvidia(self) -> bool:
+        """Whether NVIDIA made it."""
+        return self.vendor == NVIDIA
+
+    @property
+    def is_display(self) -> bool:
+        """Whether it is a GPU by its class, with outputs (0300) or without (0302)."""
+        return self.class_code >> _BASE_CLASS_SHIFT in _DISPLAYS
+
+    @property
+    def is_nvswitch(self) -> bool:
+        """Whether it is an NVSwitch: an NVIDIA "other bridge", which is an endpoint to PCI."""
+        return self.is_nvidia and self.class_code >> _BASE_CLASS_SHIFT == _OTHER_BRIDGE
+
+    @property
+    def is_bridge(self) -> bool:
+        """Whether it is a PCI-to-PCI bridge; those stay with the host in whatever group they are."""
+        return self.class_code >> _BASE_CLASS_SHIFT == _BRIDGE or (
+            self.answers
+            and self.config_header[_HEADER_TYPE_OFFSET] & _HEADER_TYPE_MASK == _BRIDGE_HEADER
+        )
+
+    @property
+    def is_inert(self) -> bool:
+        """Whether it may stay behind in a group that a guest gets.
+
+        PCI bridges belong to the kernel whoever has the devices below. A host bridge without a driver
+        is a placeholder of the chipset's that does nothing.
+        """
+        placeholder = self.class_code >> _BASE_CLASS_SHIFT == _HOST_BRIDGE and self.driver is None
+        return self.is_bridge or placeholder
+
+    @property
+    def answers(self) -> bool:
+        """Whether the device itself still says who it is; one off the bus reads as all ones."""
+        header = self.config_header
+        return (
+            len(header) == _HEADER_BYTES
+            and self.vendor not in {0, 0xFFFF}
+            and int.from_bytes(header[:2], "little") == self.vendor
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PciTree:
+    """All PCI functions of a host at one moment, by address and in its order."""
+
+    functions: Mapping[PciAddress, PciFunction]
+
+    def get(self, address: PciAddress) -> PciFunction | None:
+        """The function at ``address``, if there is one."""
+        return self.functions.get(address)
+
+    def group(self, number: int) -> tuple[PciFunction, ...]:
+        """Everything in an IOMMU group, bridges included."""
+        return tuple(one for one in self.functions.values() if one.iommu_group == number)
+
+    def card(self, address: PciAddress) -> tuple[PciFunction, ...]:
+        """The functions that sit in the slot of ``address``: a GPU with its audio, USB and UCSI."""
+        slot = _slot(address)
+        return tuple(one for one in self.functions.values() if _slot(one.address) == slot)
+
+
+def read(sysfs: Path = Path("/sys")) -> PciTree:
+    """Read all PCI functions of the host.
+
+    A function that vanishes meanwhile is left out, and what one does not tell is unknown; neither
+    is an error. The kernel makes a reader of config space wait while the function is being reset, so
+    this does not belong on an event loop. ``driver_override`` is never read: while a driver does not let
+    go of a function, its reader waits too, and cannot be killed.
+
+    Args:
+        sysfs: Where sysfs is.
+    """
+    devices = sysfs / "bus/pci/devices"
+    found = (_function(link) for link in _entries(devices))
+    functions = {one.address: one for one in found if one is not None}
+    return PciTree({address: functions[address] for address in sorted(functions)})
+
+
+def _slot(address: PciAddress) -> tuple[int, int, int]:
+    return address.domain, address.bus, address.device
+
+
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return list(directory.iterdir())
+    except OSError:  # a host, or a container, without PCI
+        return []
+
+
+def _function(link: Path) -> PciFunction | None:
+    try:
+        address = PciAddress.parse(link.name)
+    except ValueError:
+        return None
+    d3cold_allowed = _number(link / "d3cold_allowed")
+    numa_node = _number(link / "numa_node")
+    function = PciFunction(
+        address=address,
+        vendor=_number(link / "vendor") or 0,
+        device=_number(link / "device") or 0,
+        subsystem_vendor=_number(link / "subsystem_vendor") or 0,
+        subsystem_device=_number(link / "subsystem_device") or 0,
+        class_code=_number(link / "class") or 0,
+        revision=_number(link / "revision") or 0,
+        driver=_target_name(link / "driver"),
+        iommu_group=_iommu_group(link / "iommu_group"),
+        numa_node=None if numa_node is None or numa_node < 0 else numa_node,
+        bars=_bars(link / "resource"),
+        reset_methods=tuple(_text(link / "reset_method").split()),
+        power_state=_text(link / "power_state") or "unknown",
+        d3cold_allowed=None if d3cold_allowed is None else d3cold_allowed != 0,
+        upstream=_upstream(link),
+        config_header=_bytes(link / "config", _HEADER_BYTES),
+    )
+    # Asked last: whatever was read of a function that is gone by now is not to be trusted.
+    return function if link.exists() else None
+
+
+def _bytes(file: Path, at_most: int = -1) -> bytes:
+    try:
+        with file.open("rb", buffering=0) as opened:
+            return opened.read(at_most)
+    except OSError:
+        return b""
+
+
+def _text(file: Path) -> str:
+    return _bytes(file).decode("ascii", "replace").strip()
+
+
+def _number(file: Path) -> int | None:
+    try:
+        return int(_text(file), 0)
+    except ValueError:
+        return None
+
+
+def _target(link: Path) -> Path:
+    try:
+        return link.readlink()
+    except OSError:
+        return Path()
+
+
+def _target_name(link: Path) -> str | None:
+    return _target(link).name or None
+
+
+def _iommu_group(link: Path) -> int | None:
+    name = _target_name(link)
+    return int(name) if name is not None and name.isdecimal() else None
+
+
+def _upstream(link: Path) -> tuple[PciAddress, ...]:
+    """The devices on the way to a function, which sysfs spells out in the path behind its link."""
+    above = []
+    for part in _target(link).parts[:-1]:
+        try:
+            above.append(PciAddress.parse(part))
+        except ValueError:  # "..", "devices", "pci0000:00"
+            continue
+    return tuple(above)
+
+
+def _bars(file: Path) -> tuple[Bar, ...]:
+    lines = _text(file).splitlines()[:_BAR_COUNT]
+    return tuple(bar for bar in map(_bar, lines) if bar is not None)
+
+
+def _bar(line: str) -> Bar | None:
+    """One line of ``resource``: first address, last address, flags. Zeros where there is no BAR."""
+    try:
+        first, last, flags = (int(field, 16) for field in line.split())
+    except ValueError:
+        return None
+    if not flags & _MEMORY or last <= first:
+        return None
+    return Bar(last - first + 1, bool(flags & _64_BIT), bool(flags & _PREFETCHABLE))
