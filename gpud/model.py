@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import StrEnum
@@ -88,11 +89,56 @@ class Gpu:
         address: Where it sits.
         gpu_type: Its GPU.ai identifier.
         stand_in: True for a development stand-in: the guest gets an emulated PCI device in its place.
+        functions: Every PCI function that goes where it goes: itself, and the endpoints that share its
+            IOMMU group. Empty for a stand-in.
+        numa_node: The host's NUMA node it hangs on; None where the host does not tell.
+        bundle: GPUs with the same bundle are only ever given out together, because they share an
+            IOMMU group or a board that is sold whole; empty for a GPU that stands alone.
+        nvlink: GPUs with the same name here reach each other over NVLink; empty where there is none.
     """
 
     address: PciAddress
     gpu_type: str
     stand_in: bool = False
+    functions: tuple[PciAddress, ...] = ()
+    numa_node: int | None = None
+    bundle: str = ""
+    nvlink: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownCard:
+    """What was last learned of the card at an address; kept, since NVML sees no card that a guest has.
+
+    Attributes:
+        ids: PCI vendor, device and subsystem: ``10de:2330 10de:16c1``.
+        uuid: As NVML tells it; None where NVML never saw the card, as with the rest.
+        nvlink_peers: GPUs that it reaches over NVLink directly.
+        nvswitch: Whether its NVLinks lead to NVSwitches.
+    """
+
+    address: PciAddress
+    ids: str
+    uuid: str | None = None
+    serial: str | None = None
+    name: str | None = None
+    vram_mib: int | None = None
+    nvlink_peers: tuple[PciAddress, ...] = ()
+    nvswitch: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """A card that is not sold until the operator has looked at it.
+
+    Attributes:
+        since: Seconds since the epoch.
+        reason: Why, in plain words.
+    """
+
+    address: PciAddress
+    since: float
+    reason: str
 
 
 class Tier(StrEnum):
@@ -128,16 +174,28 @@ class Step(StrEnum):
     LEASE_ADDRESS = "lease_address"
     CLONE_DISK = "clone_disk"
     WRITE_SEED = "write_seed"
+    CHECK_GPUS = "check_gpus"
+    BIND_GPUS = "bind_gpus"
     START_DOMAIN = "start_domain"
     AWAIT_READY = "await_ready"
     RUNNING = "running"
     STOP_DOMAIN = "stop_domain"
     REMOVE_FILES = "remove_files"
     RETURN_ADDRESS = "return_address"
+    CLEAN_GPUS = "clean_gpus"
+    RETURN_GPUS = "return_gpus"
     ENDED = "ended"
 
 
-RELEASE_STEPS: Final = frozenset({Step.STOP_DOMAIN, Step.REMOVE_FILES, Step.RETURN_ADDRESS})
+RELEASE_STEPS: Final = frozenset(
+    {
+        Step.STOP_DOMAIN,
+        Step.REMOVE_FILES,
+        Step.RETURN_ADDRESS,
+        Step.CLEAN_GPUS,
+        Step.RETURN_GPUS,
+    }
+)
 """Steps that give things back; DELETE has nothing left to pre-empt in them."""
 
 FIRST_STEP: Final = Step.LEASE_ADDRESS
@@ -146,13 +204,18 @@ FIRST_RELEASE_STEP: Final = Step.STOP_DOMAIN
 LEGAL_STEPS: Final[dict[Step, frozenset[Step]]] = {
     Step.LEASE_ADDRESS: frozenset({Step.CLONE_DISK, Step.STOP_DOMAIN}),
     Step.CLONE_DISK: frozenset({Step.WRITE_SEED, Step.STOP_DOMAIN}),
-    Step.WRITE_SEED: frozenset({Step.START_DOMAIN, Step.STOP_DOMAIN}),
+    Step.WRITE_SEED: frozenset({Step.CHECK_GPUS, Step.STOP_DOMAIN}),
+    Step.CHECK_GPUS: frozenset({Step.BIND_GPUS, Step.STOP_DOMAIN}),
+    Step.BIND_GPUS: frozenset({Step.START_DOMAIN, Step.STOP_DOMAIN}),
     Step.START_DOMAIN: frozenset({Step.AWAIT_READY, Step.STOP_DOMAIN}),
-    Step.AWAIT_READY: frozenset({Step.RUNNING, Step.START_DOMAIN, Step.STOP_DOMAIN}),
-    Step.RUNNING: frozenset({Step.START_DOMAIN, Step.STOP_DOMAIN}),
+    # A guest that ended is started again; after a reboot of the host its GPUs must be bound anew.
+    Step.AWAIT_READY: frozenset({Step.RUNNING, Step.CHECK_GPUS, Step.STOP_DOMAIN}),
+    Step.RUNNING: frozenset({Step.CHECK_GPUS, Step.STOP_DOMAIN}),
     Step.STOP_DOMAIN: frozenset({Step.REMOVE_FILES}),
     Step.REMOVE_FILES: frozenset({Step.RETURN_ADDRESS}),
-    Step.RETURN_ADDRESS: frozenset({Step.ENDED}),
+    Step.RETURN_ADDRESS: frozenset({Step.CLEAN_GPUS}),
+    Step.CLEAN_GPUS: frozenset({Step.RETURN_GPUS}),
+    Step.RETURN_GPUS: frozenset({Step.ENDED}),
     Step.ENDED: frozenset(),
 }
 """From each step, those that may follow. A failed create walks the release steps like a DELETE."""
@@ -214,8 +277,25 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
+class NumaNode:
+    """Cores and memory of one NUMA node: what it has for guests, or what a guest takes of it.
+
+    Attributes:
+        number: As Linux numbers it (``/sys/devices/system/node/nodeN``).
+    """
+
+    number: int
+    cpu_cores: int
+    memory_mib: int
+
+
+@dataclass(frozen=True, slots=True)
 class Grant:
-    """What admission gives to an order, decided inside the store's transaction."""
+    """What admission gives to an order, decided inside the store's transaction.
+
+    Attributes:
+        nodes: Where the shape's cores and memory come from; they add up to it.
+    """
 
     shape: Shape
     gpus: tuple[Gpu, ...]
@@ -224,6 +304,7 @@ class Grant:
     cost_per_hour: Decimal
     region: str
     datacenter_location: str
+    nodes: tuple[NumaNode, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,17 +313,25 @@ class Host:
 
     Attributes:
         gpus: GPUs that may be sold: typed, healthy and clean.
-        cpu_cores: Cores for guests.
-        memory_mib: Memory for guests.
+        nodes: Cores and memory for guests, by NUMA node; a host without NUMA is one node.
         storage_gib: Disk for guests.
         addresses: Addresses for guests; None where guests need none of their own.
     """
 
     gpus: tuple[Gpu, ...] = ()
-    cpu_cores: int = 0
-    memory_mib: int = 0
+    nodes: tuple[NumaNode, ...] = ()
     storage_gib: int = 0
     addresses: tuple[IPv4Address, ...] | None = None
+
+    @property
+    def cpu_cores(self) -> int:
+        """Cores for guests, of all nodes."""
+        return sum(node.cpu_cores for node in self.nodes)
+
+    @property
+    def memory_mib(self) -> int:
+        """Memory for guests, of all nodes."""
+        return sum(node.memory_mib for node in self.nodes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +349,8 @@ class Instance:
         script_exit_code: Of the script's last run, if it has ended.
         restarts: How often in a row the domain had to be started again soon after its last start.
         last_start_at: When the domain was last started.
+        former_drivers: The driver that each PCI function of its GPUs had before gpud took it, written
+            down before the first act on any of them; an empty name for a function without one.
     """
 
     upstream_id: str
@@ -281,6 +372,7 @@ class Instance:
     script_exit_code: int | None = None
     restarts: int = 0
     last_start_at: float | None = None
+    former_drivers: Mapping[PciAddress, str] = field(default_factory=dict)
 
     @property
     def domain_name(self) -> str:

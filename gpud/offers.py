@@ -61,9 +61,10 @@ def offerings(config: Config, host: Host, grants: Sequence[Grant]) -> list[Offer
     """Every shape and tier of the config, with how many of it could be sold right now (maybe 0)."""
     free = remaining(host, grants)
     return [
-        _offering(config, offer, shape, tier, how_many(shape, free))
+        _offering(config, offer, shape, tier, available)
         for offer in config.offers
         for shape in shapes(offer)
+        for available in (how_many(shape, free, offer.gpu_counts),)
         for tier in offer.price_per_gpu_hour
     ]
 
@@ -79,7 +80,7 @@ def grant(
     """
     offer = _matching_offer(config, order)
     shape = shape_of(offer, order.gpu_count)
-    placement = place(shape, remaining(host, grants))
+    placement = place(shape, remaining(host, grants), offer.gpu_counts)
     if not isinstance(placement, Placement):
         raise NoCapacity(placement)
     return Grant(
@@ -90,6 +91,7 @@ def grant(
         cost_per_hour=offer.price_per_gpu_hour[order.tier] * order.gpu_count,
         region=config.site.region,
         datacenter_location=config.site.datacenter_location,
+        nodes=placement.nodes,
     )
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import replace
 from decimal import Decimal
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gpud import offers
 from gpud.config import Config
 from gpud.errors import Code, GpudError
-from gpud.model import Gpu, Grant, Host, PciAddress, Tier
+from gpud.model import Gpu, Grant, Host, NumaNode, PciAddress, Tier
 from gpud.offers import NoCapacity
+from tests.unit.allocator.hosts import hosts
 from tests.unit.service import config_from, order
 
 PER_GPU = {"cpu_cores": 4, "memory_gib": 15.75, "storage_gib": 100}
@@ -34,7 +39,11 @@ def config(**changes: Any) -> Config:
     return config_from(Path("/state"), **{"gpus": {}, "offers": [h100, l40s], **changes})
 
 
-HOST = Host(gpus("h100_sxm", 8), 64, 200_000, 4000)
+def room(cpu_cores: int = 64, memory_mib: int = 200_000) -> tuple[NumaNode, ...]:
+    return (NumaNode(0, cpu_cores, memory_mib),)
+
+
+HOST = Host(gpus("h100_sxm", 8), room(), 4000)
 
 
 def test_1_2_4_and_8_gpu_shapes_share_one_pool() -> None:
@@ -49,13 +58,13 @@ def test_1_2_4_and_8_gpu_shapes_share_one_pool() -> None:
 def test_ram_is_rounded_down_and_the_grant_is_exact() -> None:
     by_count = {one.gpu_count: one.ram_gb for one in offers.offerings(config(), HOST, [])}
     assert (by_count[2], by_count[4], by_count[8]) == (31, 63, 126)
-    given = offers.grant(config(), HOST, [], order(gpu_count=2), "sha256:x")
-    assert given.shape.memory_mib == 32256
+    granted = offers.grant(config(), HOST, [], order(gpu_count=2), "sha256:x")
+    assert granted.shape.memory_mib == 32256
 
 
 def test_prices_are_decimal_until_they_are_sent() -> None:
-    given = offers.grant(config(), HOST, [], order(gpu_count=8), "sha256:x")
-    assert given.cost_per_hour == Decimal("0.8")
+    granted = offers.grant(config(), HOST, [], order(gpu_count=8), "sha256:x")
+    assert granted.cost_per_hour == Decimal("0.8")
     prices = {
         (one.gpu_type, one.tier, one.gpu_count): one.price_per_hour
         for one in offers.offerings(config(), HOST, [])
@@ -75,15 +84,15 @@ def test_what_is_not_there_is_listed_with_none_available() -> None:
 )
 def test_stock_by_thresholds(available: int, stock: str) -> None:
     changed = config(stock={"medium_from": 3, "high_from": 5})
-    host = Host(gpus("h100_sxm", available), 64, 200_000, 4000)
+    host = Host(gpus("h100_sxm", available), room(), 4000)
     assert offers.offerings(changed, host, [])[0].stock_status == stock
 
 
 def test_a_grant_names_all_that_the_instance_gets() -> None:
     addresses = (IPv4Address("10.0.0.3"), IPv4Address("10.0.0.2"))
-    host = Host(gpus("h100_sxm", 2), 64, 200_000, 4000, addresses)
-    given = offers.grant(config(), host, [], order(tier=Tier.SPOT, region="US"), "sha256:x")
-    assert given == Grant(
+    host = Host(gpus("h100_sxm", 2), room(), 4000, addresses)
+    granted = offers.grant(config(), host, [], order(tier=Tier.SPOT, region="US"), "sha256:x")
+    assert granted == Grant(
         shape=next(offers.shapes(config().offers[0])),
         gpus=gpus("h100_sxm", 1),
         address=IPv4Address("10.0.0.2"),
@@ -91,6 +100,7 @@ def test_a_grant_names_all_that_the_instance_gets() -> None:
         cost_per_hour=Decimal(0),
         region="US",
         datacenter_location="US-Demo-1",
+        nodes=(NumaNode(0, 4, 16_128),),
     )
 
 
@@ -98,10 +108,10 @@ def test_a_grant_names_all_that_the_instance_gets() -> None:
     ("host", "words"),
     [
         (Host(), "free GPUs of that type"),
-        (Host(HOST.gpus, 3, 200_000, 4000), "free CPU cores"),
-        (Host(HOST.gpus, 64, 16_127, 4000), "free memory"),
-        (Host(HOST.gpus, 64, 200_000, 99), "free disk space"),
-        (Host(HOST.gpus, 64, 200_000, 4000, ()), "free addresses"),
+        (Host(HOST.gpus, room(cpu_cores=3), 4000), "free CPU cores"),
+        (Host(HOST.gpus, room(memory_mib=16_127), 4000), "free memory"),
+        (Host(HOST.gpus, room(), 99), "free disk space"),
+        (Host(HOST.gpus, room(), 4000, ()), "free addresses"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -140,3 +150,40 @@ def test_a_server_that_sells_nothing_says_so() -> None:
     with pytest.raises(GpudError) as refused:
         offers.check_offered(config(offers=[]), order())
     assert "nothing at present" in str(refused.value)
+
+
+SMALL = {"cpu_cores": 1, "memory_gib": 0.25, "storage_gib": 1}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    whole=hosts(),
+    history=st.lists(st.sampled_from((1, 2, 3, 4)), max_size=5),
+    ended=st.sets(st.integers(0, 4)),
+)
+def test_of_every_shape_as_many_are_admitted_as_are_offered(
+    whole: Host, history: list[int], ended: set[int]
+) -> None:
+    price = {"on_demand": "1"}
+    h100 = {"gpu_type": "h100_sxm", "gpu_counts": [1, 2, 3, 4], "price_per_gpu_hour": price}
+    selling = config(offers=[{**h100, "per_gpu": SMALL}])
+    nodes = tuple(replace(node, memory_mib=node.memory_mib * 64) for node in whole.nodes)
+    whole = replace(whole, nodes=nodes)
+    grants: list[Grant] = []
+    for count in history:
+        grants += admitted(selling, whole, grants, count, at_most=1)
+    grants = [one for number, one in enumerate(grants) if number not in ended]
+    for one in offers.offerings(selling, whole, grants):
+        assert one.available_count == len(admitted(selling, whole, grants, one.gpu_count))
+
+
+def admitted(
+    selling: Config, whole: Host, grants: list[Grant], gpu_count: int, at_most: int = 99
+) -> list[Grant]:
+    """What orders get that come one after another, until one is refused."""
+    new: list[Grant] = []
+    with suppress(NoCapacity):
+        while len(new) < at_most:
+            wanted = order(gpu_count=gpu_count)
+            new.append(offers.grant(selling, whole, [*grants, *new], wanted, "sha256:x"))
+    return new

@@ -11,7 +11,7 @@ from decimal import Decimal
 from ipaddress import IPv4Address
 from pathlib import Path
 
-from gpud.model import Gpu, Grant, GuestInput, Order, PciAddress, Shape, Tier
+from gpud.model import Gpu, Grant, GuestInput, NumaNode, Order, PciAddress, Shape, Tier
 
 SHAPE = Shape("h100_sxm", 1, cpu_cores=4, memory_mib=2048, storage_gib=1)
 IMAGE = "sha256:" + "0" * 64
@@ -45,6 +45,7 @@ def grant(number: int = 1, address: str | None = None, shape: Shape = SHAPE) -> 
         cost_per_hour=Decimal("3.49"),
         region="US",
         datacenter_location="US-Test-1",
+        nodes=(NumaNode(0, shape.cpu_cores, shape.memory_mib),),
     )
 
 
