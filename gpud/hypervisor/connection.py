@@ -97,6 +97,7 @@ class Connection:
         what: str,
         act: Callable[[libvirt.virConnect], T],
         code: Code = Code.GUEST_FAILED,
+        timeout_s: float | None = None,
     ) -> T:
         """Run ``act(connection)`` in a thread, after any earlier call with the same key.
 
@@ -105,21 +106,21 @@ class Connection:
             what: What is done to which thing, for the error: ``start guest 6f0c…``.
             act: The libvirt calls; may block.
             code: Code of the error for a failure that is not the connection's.
+            timeout_s: How long to wait where that is longer than for other calls.
 
         Raises:
             GpudError: The call failed; HYPERVISOR_UNAVAILABLE when libvirt is away or does not answer.
         """
+        limit_s = max(self._call_timeout_s, timeout_s or 0)
         try:
-            return await self.calls.run(
-                key, lambda: act(self._connected(what)), self._call_timeout_s
-            )
+            return await self.calls.run(key, lambda: act(self._connected(what)), limit_s)
         except libvirt.libvirtError as error:
             if connection_lost(error):
                 self._look_again.set()
             raise translate(error, what, code) from error
         except TimeoutError:
             self._look_again.set()
-            detail = f"libvirt has not finished within {self._call_timeout_s:g} s to {what}"
+            detail = f"libvirt has not finished within {limit_s:g} s to {what}"
             raise unavailable(
                 detail, "gpud tries again; if it stays so, restart libvirtd"
             ) from None

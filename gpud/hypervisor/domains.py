@@ -16,6 +16,8 @@ import libvirt
 from gpud.errors import Code, GpudError
 from gpud.hypervisor.domainxml import METADATA_NAMESPACE, Identity, identify
 from gpud.hypervisor.faults import code_of
+from gpud.hypervisor.passthroughxml import passed_functions
+from gpud.model import PciAddress
 
 
 class DomainState(StrEnum):
@@ -113,6 +115,20 @@ def active(connection: libvirt.virConnect) -> list[Domain]:
     domains = connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
     described = (_describe(domain) for domain in domains)
     return [domain for domain in described if domain is not None]
+
+
+def passed(connection: libvirt.virConnect) -> dict[PciAddress, str]:
+    """List the PCI functions of the host that active domains have, each with its domain's name."""
+    found: dict[PciAddress, str] = {}
+    for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+        try:
+            name, xml = domain.name(), domain.XMLDesc()
+        except libvirt.libvirtError as error:
+            if code_of(error) == libvirt.VIR_ERR_NO_DOMAIN:  # ended while we looked
+                continue
+            raise
+        found |= dict.fromkeys(passed_functions(xml), name)
+    return found
 
 
 def open_console(connection: libvirt.virConnect, uuid: UUID) -> libvirt.virStream:

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Final, Literal
 from xml.etree import ElementTree as ET
 
+from gpud.hypervisor.passthroughxml import add_functions
+from gpud.model import PciAddress
+
 METADATA_NAMESPACE: Final = "https://gpu.ai/xmlns/gpud/1"
 """Namespace of our ``<metadata>`` element; libvirt keeps it with the domain and gives it back."""
 
@@ -22,6 +25,7 @@ CHANNEL_NAME: Final = "ai.gpu.gpud.0"
 _QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
 _STAND_IN_DEVICE = "edu"
 _FIRST_STAND_IN_SLOT = 0x08
+_MOST_ALLOCATION_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,18 @@ class LibvirtNetwork:
     """
 
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class PassedCard:
+    """A card of the host that the guest gets whole.
+
+    Attributes:
+        functions: Every PCI function that goes with it, all bound to vfio-pci. Those of other slots,
+            such as NVSwitches, may be among them; cards may share some.
+    """
+
+    functions: tuple[PciAddress, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +76,13 @@ class DomainSpec:
         nvram: Where the UEFI variables are kept; unused with ``bios``.
         network: What the NIC is plugged into.
         stand_ins: How many emulated devices the guest gets in place of GPUs (development only).
+        cards: The cards that the guest gets.
+        rombar: Whether the guest sees the cards' option ROMs.
+        mmio_window_mib: 64-bit address space that OVMF sets aside for the cards' BARs; None leaves it
+            to OVMF. Unused with ``bios``.
+        cpuset: CPUs of the host to run on, such as ``0-31,64-95``; None for any.
+        nodeset: NUMA nodes of the host to take memory from, such as ``0`` or ``0-1``; None for any.
+        hugepage_kib: Size of the hugepages that the guest's memory is made of; None for ordinary pages.
     """
 
     name: str
@@ -77,6 +100,12 @@ class DomainSpec:
     nvram: Path
     network: UserNetwork | LibvirtNetwork
     stand_ins: int = 0
+    cards: tuple[PassedCard, ...] = ()
+    rombar: bool = False
+    mmio_window_mib: int | None = None
+    cpuset: str | None = None
+    nodeset: str | None = None
+    hugepage_kib: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +128,9 @@ def render(spec: DomainSpec) -> str:
     _add(domain, "uuid", str(spec.uuid))
     _add_metadata(domain, spec)
     _add(domain, "memory", str(spec.memory_mib), unit="MiB")
-    _add(domain, "vcpu", str(spec.cpu_cores))
+    _add_memory_backing(domain, spec)
+    _add_vcpus(domain, spec)
+    _add_numa_policy(domain, spec.nodeset)
     _add_os(domain, spec)
     features = _add(domain, "features")
     _add(features, "acpi")
@@ -111,7 +142,7 @@ def render(spec: DomainSpec) -> str:
     _add(domain, "on_reboot", "restart")
     _add(domain, "on_crash", "destroy")
     _add_devices(domain, spec)
-    _add_stand_ins(domain, spec.stand_ins)
+    _add_qemu_arguments(domain, spec)
     ET.indent(domain)
     return ET.tostring(domain, encoding="unicode") + "\n"
 
@@ -150,6 +181,39 @@ def _add_metadata(domain: ET.Element, spec: DomainSpec) -> None:
     )
 
 
+def _add_memory_backing(domain: ET.Element, spec: DomainSpec) -> None:
+    if not spec.cards and spec.hugepage_kib is None:
+        return
+    backing = _add(domain, "memoryBacking")
+    if spec.hugepage_kib is not None:
+        pages = _add(backing, "hugepages")
+        _add(pages, "page", size=str(spec.hugepage_kib), unit="KiB")
+    # VFIO will pin all of it, and would find and zero each page on a single thread. Neither <locked/>
+    # nor <nosharepages/>: what is pinned is not swapped, and nobody else's pages are merged with it.
+    threads = min(spec.cpu_cores, _MOST_ALLOCATION_THREADS)
+    _add(backing, "allocation", mode="immediate", threads=str(threads))
+
+
+def _add_vcpus(domain: ET.Element, spec: DomainSpec) -> None:
+    # The set holds for each vCPU and for QEMU's own threads alike. Any vCPU may run on any of them:
+    # cores are claimed by number, not by name, and the kernel knows best which one is idle.
+    placement = {} if spec.cpuset is None else {"cpuset": spec.cpuset}
+    _add(domain, "vcpu", str(spec.cpu_cores), **placement)
+
+
+def _add_numa_policy(domain: ET.Element, nodeset: str | None) -> None:
+    """Say where memory comes from.
+
+    From one node it is strict: a guest that does not fit fails at its start, and does not run slowly for
+    ever. Over several it is spread evenly: strict would fill the first to the brim, and leave nothing
+    of it for the next guest that was promised a part.
+    """
+    if nodeset is None:
+        return
+    mode = "strict" if nodeset.isdecimal() else "interleave"
+    _add(_add(domain, "numatune"), "memory", mode=mode, nodeset=nodeset)
+
+
 def _add_os(domain: ET.Element, spec: DomainSpec) -> None:
     # libvirt picks the OVMF build that has these features from the host's firmware descriptors.
     attributes = {"firmware": "efi"} if spec.firmware == "uefi" else {}
@@ -169,6 +233,9 @@ def _add_cpu(domain: ET.Element, spec: DomainSpec) -> None:
     if spec.domain_type == "kvm":
         # Guests never migrate, so they get everything that the host's CPU can do.
         cpu = _add(domain, "cpu", mode="host-passthrough", check="none", migratable="off")
+        # All of its address bits, said outright: 40 of them, which most CPU models of QEMU's have, end
+        # at 1 TiB, and memory and the cards' BARs do not fit below that.
+        _add(cpu, "maxphysaddr", mode="passthrough")
     else:
         cpu = _add(domain, "cpu", mode="maximum")
     _add(cpu, "topology", sockets="1", cores=str(spec.cpu_cores), threads="1")
@@ -176,6 +243,8 @@ def _add_cpu(domain: ET.Element, spec: DomainSpec) -> None:
 
 def _add_devices(domain: ET.Element, spec: DomainSpec) -> None:
     devices = _add(domain, "devices")
+    functions = [function for card in spec.cards for function in card.functions]
+    add_functions(devices, functions, rombar=spec.rombar)
     _add_root_disk(devices, spec)
     _add_seed(devices, spec.seed)
     _add_nic(devices, spec)
@@ -238,18 +307,33 @@ def _add_ports(devices: ET.Element) -> None:
     _add(channel, "target", type="virtio", name=CHANNEL_NAME)
 
 
-def _add_stand_ins(domain: ET.Element, count: int) -> None:
-    """Add QEMU's teaching device (1234:11e8) per stand-in; libvirt has no element for it.
+def _add_qemu_arguments(domain: ET.Element, spec: DomainSpec) -> None:
+    """Add what libvirt has no element for."""
+    arguments = [*_mmio_window(spec), *_stand_ins(spec.stand_ins)]
+    if not arguments:
+        return
+    domain.set("xmlns:qemu", _QEMU_NAMESPACE)
+    commandline = _add(domain, "qemu:commandline")
+    for argument in arguments:
+        _add(commandline, "qemu:arg", value=argument)
+
+
+def _mmio_window(spec: DomainSpec) -> list[str]:
+    # libvirt's own <sysinfo type="fwcfg"> refuses every name that begins with opt/ovmf.
+    if spec.mmio_window_mib is None or spec.firmware != "uefi":
+        return []
+    return ["-fw_cfg", f"name=opt/ovmf/X-PciMmio64Mb,string={spec.mmio_window_mib}"]
+
+
+def _stand_ins(count: int) -> list[str]:
+    """QEMU's teaching device (1234:11e8) per stand-in.
 
     Each gets a slot of the root bus well above those that libvirt gives out, counting from 1. Without
     one, QEMU 7.2 would place these first, in the very slots that libvirt has named for its own.
     """
-    if not count:
-        return
-    domain.set("xmlns:qemu", _QEMU_NAMESPACE)
-    commandline = _add(domain, "qemu:commandline")
+    arguments = []
     for number in range(count):
-        _add(commandline, "qemu:arg", value="-device")
         slot = _FIRST_STAND_IN_SLOT + number
         device = f"{_STAND_IN_DEVICE},id=stand-in-{number},bus=pcie.0,addr={slot:#x}"
-        _add(commandline, "qemu:arg", value=device)
+        arguments += ["-device", device]
+    return arguments

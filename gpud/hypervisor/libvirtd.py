@@ -25,6 +25,7 @@ from gpud.hypervisor.domains import Domain
 from gpud.hypervisor.domainxml import CHANNEL_NAME
 from gpud.hypervisor.networkxml import Lease, NetworkSpec
 from gpud.hypervisor.stream import GuestStream
+from gpud.model import PciAddress
 
 T = TypeVar("T")
 
@@ -78,14 +79,20 @@ class Hypervisor:
         """Call ``callback(uuid, event, detail)`` on the event loop for each lifecycle event."""
         self._connection.subscribe(callback)
 
-    async def start(self, uuid: UUID, xml: str) -> None:
+    async def start(self, uuid: UUID, xml: str, timeout_s: float | None = None) -> None:
         """Start the guest that ``xml`` describes; at once done when it runs already.
+
+        Args:
+            uuid: Its UUID.
+            xml: The domain XML.
+            timeout_s: How long it may take, where that is longer than for other calls.
 
         Raises:
             GpudError: GUEST_FAILED when it cannot start, or somebody else's domain is in its place.
         """
         act = partial(domains.start, uuid=uuid, xml=xml)
-        await self._connection.call(str(uuid), f"start guest {uuid}", act)
+        what = f"start guest {uuid}"
+        await self._connection.call(str(uuid), what, act, timeout_s=timeout_s)
 
     async def stop(self, uuid: UUID) -> None:
         """End the guest without asking it; on return its domain is gone.
@@ -104,6 +111,10 @@ class Hypervisor:
     async def domains(self) -> list[Domain]:
         """List every active domain of the host, other people's included."""
         return await self._connection.call("domains", "list domains", domains.active)
+
+    async def passed_functions(self) -> dict[PciAddress, str]:
+        """The PCI functions of the host that active domains have, each with its domain's name."""
+        return await self._connection.call("domains", "list devices of domains", domains.passed)
 
     async def console(self, uuid: UUID) -> GuestStream:
         """Open the guest's serial console, taking it over from whoever holds it."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,15 +24,19 @@ import pytest
 
 from gpud.errors import GpudError
 from gpud.hypervisor.domains import DomainState
-from gpud.hypervisor.domainxml import DomainSpec, Identity, UserNetwork, render
+from gpud.hypervisor.domainxml import DomainSpec, Identity, PassedCard, UserNetwork, render
 from gpud.hypervisor.events import DomainEvent
 from gpud.hypervisor.libvirtd import Hypervisor
 from gpud.hypervisor.networkxml import Lease, NetworkSpec
+from gpud.hypervisor.passthroughxml import mmio_window_mib
+from gpud.model import PciAddress
 
 SYSTEM = "qemu:///system"
 NOBODY = 65534
 ENDLESS_OUTPUT = bytes.fromhex("baf803 b041 ee ebfd")
 """A boot sector: mov dx,0x3f8; mov al,'A'; again: out dx,al; jmp again."""
+
+BIG_BAR = "pci-testdev,membar=128G,bus=port{0}"
 
 
 def wait_for_libvirt(uri: str, daemon: subprocess.Popen[bytes]) -> None:
@@ -250,6 +257,78 @@ async def test_guest_lives_and_leaves_nothing(
         assert spec.nvram.exists() is (firmware == "uefi")
         connection.close()
     assert {DomainEvent.STARTED, DomainEvent.STOPPED} <= set(seen)
+
+
+def test_libvirt_gives_qemu_each_card_on_its_own_port(system: str, guest: DomainSpec) -> None:
+    """Nothing is started here: the cards need not exist."""
+    cards = (("0000:41:00.0", "0000:41:00.1"), ("0001:c1:00.0", "0001:c1:00.2"))
+    spec = replace(
+        guest,
+        cards=tuple(PassedCard(tuple(map(PciAddress.parse, card))) for card in cards),
+        cpuset="0",
+        nodeset="0",
+    )
+    connection = libvirt.open(system)
+    command = connection.domainXMLToNative("qemu-argv", render(spec))
+    connection.close()
+    options = [json.loads(part) for part in shlex.split(command) if part.startswith("{")]
+    devices = [option for option in options if "driver" in option]
+    seen = {
+        device["host"]: (device["bus"], device["addr"], device.get("multifunction"))
+        for device in devices
+        if device["driver"] == "vfio-pci"
+    }
+    assert seen == {
+        "0000:41:00.0": ("pci.1", "0x0", True),
+        "0000:41:00.1": ("pci.1", "0x0.0x1", None),
+        "0001:c1:00.0": ("pci.2", "0x0", True),
+        "0001:c1:00.2": ("pci.2", "0x0.0x2", None),
+    }
+    others = [device.get("bus") for device in devices if device["driver"] != "vfio-pci"]
+    assert "pci.3" in others
+    assert not {"pci.1", "pci.2"} & set(others)
+
+
+async def test_guest_keeps_to_its_cpus_and_node(system: str, guest: DomainSpec) -> None:
+    spec = replace(guest, cpuset="0", nodeset="0")
+    async with connected(system) as hypervisor, started(hypervisor, spec):
+        connection = libvirt.open(system)
+        domain = connection.lookupByUUIDString(str(spec.uuid))
+        allowed = (True, *[False] * (connection.getInfo()[2] - 1))
+        assert [domain.vcpus()[1], [domain.emulatorPinInfo()]] == [[allowed], [allowed]]
+        assert domain.numaParameters() == {"numa_mode": 0, "numa_nodeset": "0"}
+        connection.close()
+
+
+async def test_ovmf_finds_room_for_the_cards_memory(system: str, guest: DomainSpec) -> None:
+    """Two devices with a BAR like an H100's; OVMF on its own leaves both without an address."""
+    window = mmio_window_mib({PciAddress(0, bus, 0, 0): [128 * 2**30] for bus in (1, 2)})
+    spec = replace(guest, firmware="uefi", mmio_window_mib=window)
+    devices = ("pcie-root-port,id=port{0},chassis={0},bus=pcie.0,addr={0:#x}", BIG_BAR)
+    arguments = [device.format(number) for number in (16, 17) for device in devices]
+    xml = render(spec).replace(
+        "<qemu:commandline>",
+        "<qemu:commandline>"
+        + "".join(
+            f'<qemu:arg value="-device"/><qemu:arg value="{argument}"/>' for argument in arguments
+        ),
+    )
+    async with connected(system) as hypervisor:
+        await hypervisor.start(spec.uuid, xml)
+        try:
+            console, output = await hypervisor.console(spec.uuid), b""
+            async with asyncio.timeout(120):
+                while b"BdsDxe" not in output:
+                    output += await console.read()
+            await console.close()
+            found = re.findall(
+                r"64 bit prefetchable memory at (\w+) \[\w+fffffffff\]",
+                pci_devices(system, spec.name),
+            )
+        finally:
+            await hypervisor.stop(spec.uuid)
+    assert len(set(found)) == 2
+    assert "0xffffffffffffffff" not in found
 
 
 async def test_flooding_guest_does_not_fill_memory(system: str, guest: DomainSpec) -> None:

@@ -207,6 +207,10 @@ class DomainHandle:
         return [self._here().state, 0]
 
     @api
+    def XMLDesc(self) -> str:
+        return ET.tostring(self._here().xml, encoding="unicode")
+
+    @api
     def metadata(self, _kind: int, namespace: str) -> str:
         for element in self._here().xml.iterfind("metadata/*"):
             if element.tag.startswith(f"{{{namespace}}}"):

@@ -15,10 +15,12 @@ from gpud.hypervisor.domainxml import (
     DomainSpec,
     Identity,
     LibvirtNetwork,
+    PassedCard,
     UserNetwork,
     identify,
     render,
 )
+from gpud.model import PciAddress
 
 GOLDEN = Path(__file__).parents[2] / "data" / "domainxml"
 STATE = Path("/var/lib/gpud/instances/i-0123456789abcdef")
@@ -39,15 +41,46 @@ EMULATED_UEFI = DomainSpec(
     nvram=STATE / "nvram.fd",
     network=UserNetwork(),
 )
+KVM_UEFI = replace(
+    EMULATED_UEFI,
+    domain_type="kvm",
+    memory_mib=1_048_576,
+    cpu_cores=96,
+    network=LibvirtNetwork("gpud"),
+)
+
+
+def card(*functions: str) -> PassedCard:
+    return PassedCard(tuple(PciAddress.parse(function) for function in functions))
+
+
+NVSWITCHES = [f"0000:{bus}:00.0" for bus in ("05", "06", "07", "08")]
 CASES = {
     "emulated-uefi": EMULATED_UEFI,
     "emulated-bios-two-stand-ins": replace(EMULATED_UEFI, firmware="bios", stand_ins=2),
-    "kvm-uefi-network": replace(
-        EMULATED_UEFI,
-        domain_type="kvm",
-        memory_mib=1_048_576,
-        cpu_cores=96,
-        network=LibvirtNetwork("gpud"),
+    "emulated-bios-card-with-rom": replace(
+        EMULATED_UEFI, firmware="bios", cards=(card("0000:41:00.0"),), rombar=True
+    ),
+    "kvm-uefi-network": KVM_UEFI,
+    "kvm-4090-with-its-audio": replace(KVM_UEFI, cards=(card("0000:41:00.0", "0000:41:00.1"),)),
+    "kvm-two-l40s-on-one-node": replace(
+        KVM_UEFI,
+        cards=(card("0000:81:00.0"), card("0000:c1:00.0")),
+        mmio_window_mib=262_144,
+        cpuset="32-63,96-127",
+        nodeset="1",
+        hugepage_kib=1_048_576,
+    ),
+    "kvm-h100-board-with-nvswitches": replace(
+        KVM_UEFI,
+        # The switches go with every GPU of the board: they are in its bundle.
+        cards=tuple(
+            card(f"0000:{bus}:00.0", *NVSWITCHES)
+            for bus in ("1b", "43", "52", "61", "9d", "c3", "d1", "df")
+        ),
+        mmio_window_mib=2_097_152,
+        cpuset="0-191",
+        nodeset="0-1",
     ),
 }
 PRINTABLE = st.text(st.characters(codec="utf-8", exclude_categories=["C"]))
@@ -76,6 +109,29 @@ def test_libvirt_finds_the_domain_valid_and_starts_it(
     assert not domain.isPersistent()
     assert domain.maxMemory() == spec.memory_mib * 1024
     assert identify(domain.XMLDesc(0)) == Identity(spec.owner, spec.upstream_id)
+
+
+def test_libvirt_would_notice_what_its_schema_does_not_know(
+    plain_connection: libvirt.virConnect,
+) -> None:
+    rendered = render(CASES["kvm-4090-with-its-audio"])
+    misspelt = rendered.replace("<rom bar=", "<rom bra=")
+    with pytest.raises(libvirt.libvirtError, match="XML document failed to validate"):
+        plain_connection.createXML(misspelt, libvirt.VIR_DOMAIN_START_VALIDATE)
+
+
+def test_window_is_for_ovmf_only() -> None:
+    spec = replace(EMULATED_UEFI, mmio_window_mib=65_536)
+    assert "name=opt/ovmf/X-PciMmio64Mb,string=65536" in render(spec)
+    assert "X-PciMmio64Mb" not in render(replace(spec, firmware="bios"))
+
+
+@pytest.mark.parametrize(
+    ("nodeset", "mode"), [("0", "strict"), ("11", "strict"), ("0-1", "interleave")]
+)
+def test_memory_of_one_node_is_strict_and_of_several_spread(nodeset: str, mode: str) -> None:
+    rendered = render(replace(EMULATED_UEFI, nodeset=nodeset))
+    assert f'<memory mode="{mode}" nodeset="{nodeset}" />' in rendered
 
 
 @given(owner=PRINTABLE, disk=PRINTABLE, network=PRINTABLE)
