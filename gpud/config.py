@@ -10,49 +10,23 @@ from __future__ import annotations
 import os
 import re
 from decimal import Decimal
-from ipaddress import IPv4Address, IPv4Network, ip_address
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from gpud.model import GPU_TYPES, Step, Tier
+from gpud.configtypes import (
+    AbsolutePath,
+    GpuTypeName,
+    HttpsUrl,
+    PciIds,
+    Port,
+    Seconds,
+)
+from gpud.model import Step, Tier
 
 IMAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-def _known_gpu_type(identifier: str) -> str:
-    if identifier not in GPU_TYPES:
-        raise ValueError(f"unknown GPU type; one of {', '.join(GPU_TYPES)}")
-    return identifier
-
-
-def _private_or_https(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise ValueError("not an http(s) URL")
-    if parts.scheme == "http":
-        try:
-            loopback = ip_address(parts.hostname).is_loopback
-        except ValueError:
-            loopback = parts.hostname == "localhost"
-        if not loopback:
-            raise ValueError("plain http is accepted for loopback only; use https")
-    return url
-
-
-def _absolute(path: Path) -> Path:
-    if not path.is_absolute():
-        raise ValueError("must be an absolute path")
-    return path
-
-
-GpuTypeName = Annotated[str, AfterValidator(_known_gpu_type)]
-HttpsUrl = Annotated[str, AfterValidator(_private_or_https)]
-AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
-Port = Annotated[int, Field(ge=1, le=65535)]
-Seconds = Annotated[float, Field(gt=0, le=86400)]
 
 
 class Section(BaseModel):
@@ -214,8 +188,13 @@ class StandIns(Section):
 
 
 class Gpus(Section):
-    """Where the GPUs come from."""
+    """Where the GPUs come from, and how they are handed over."""
 
+    pci_ids: dict[PciIds, GpuTypeName] = {}
+    nvml: bool = True
+    nvml_timeout_s: Seconds = 20
+    nvswitch_board: Literal["refuse", "single", "whole"] = "refuse"
+    rombar: bool = False
     stand_ins: list[StandIns] = []
 
 
@@ -287,8 +266,14 @@ class Guest(Section):
     script_runs: Literal["every_boot", "once"] = "every_boot"
     on_poweroff: Literal["restart", "terminate"] = "restart"
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = 10
+    hugepages: Literal["2M", "1G"] | None = None
     console_log_kib: Annotated[int, Field(ge=64, le=1024 * 1024)] = 2048
     estimated_ready_s: Annotated[int, Field(ge=1, le=86400)] = 180
+
+    @property
+    def hugepage_kib(self) -> int | None:
+        """Size of the huge pages that guests are made of; None for ordinary pages."""
+        return {None: None, "2M": 2 * 1024, "1G": 1024 * 1024}[self.hugepages]
 
 
 class Deadlines(Section):
@@ -297,11 +282,15 @@ class Deadlines(Section):
     lease_address_s: Seconds = 60
     clone_disk_s: Seconds = 120
     write_seed_s: Seconds = 60
+    check_gpus_s: Seconds = 60
+    bind_gpus_s: Seconds = 120
     start_domain_s: Seconds = 180
     await_ready_s: Seconds = 900
     stop_domain_s: Seconds = 120
     remove_files_s: Seconds = 60
     return_address_s: Seconds = 60
+    clean_gpus_s: Seconds = 120
+    return_gpus_s: Seconds = 120
 
     def of(self, step: Step) -> float | None:
         """Seconds that ``step`` may take; None for steps without end."""
@@ -363,6 +352,18 @@ class Config(Section):
         if twice:
             raise ValueError(f"{', '.join(twice)} is offered twice; put all counts into one offer")
         return offers
+
+    @field_validator("guest")
+    @classmethod
+    def _whole_hugepages(cls, guest: Guest, info: ValidationInfo) -> Guest:
+        offers: list[Offer] = info.data.get("offers") or []
+        for offer in offers:
+            if guest.hugepage_kib and offer.per_gpu.memory_gib * 2**20 % guest.hugepage_kib:
+                raise ValueError(
+                    f"hugepages of {guest.hugepages} do not add up to the"
+                    f" {offer.per_gpu.memory_gib:g} GiB that each {offer.gpu_type} comes with"
+                )
+        return guest
 
     @field_validator("gpus")
     @classmethod

@@ -38,6 +38,9 @@ class Code(StrEnum):
     STATE_UNUSABLE = "state_unusable"
     HOST_COMMAND_FAILED = "host_command_failed"
     GUEST_FAILED = "guest_failed"
+    GPU_BUSY = "gpu_busy"
+    GPU_UNUSABLE = "gpu_unusable"
+    GPU_NOT_FOUND = "gpu_not_found"
 
 
 HTTP_STATUS: dict[Code, int] = {
@@ -60,6 +63,9 @@ HTTP_STATUS: dict[Code, int] = {
     Code.AUTH_UNAVAILABLE: 503,
 }
 """Codes that can reach an API caller, and the status they travel under (contract: a 4xx is final)."""
+
+_OPERATOR_STATUS: dict[Code, int] = {Code.GPU_NOT_FOUND: 404}
+"""Codes that only the operator's socket answers with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +120,7 @@ class GpudError(Exception):
     @property
     def http_status(self) -> int:
         """Status under which an API caller sees this; 500 for codes that are not for callers."""
-        return HTTP_STATUS.get(self.code, 500)
+        return HTTP_STATUS.get(self.code, _OPERATOR_STATUS.get(self.code, 500))
 
     def __str__(self) -> str:
         lines = [self.detail + (f" ({self.hint})" if self.hint else "")]

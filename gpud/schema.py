@@ -11,7 +11,19 @@ from decimal import Decimal
 from ipaddress import IPv4Address
 from typing import Any, Final
 
-from gpud.model import Gpu, Grant, GuestInput, Instance, PciAddress, Shape, Status, Step, Tier
+from gpud.model import (
+    Gpu,
+    Grant,
+    GuestInput,
+    Instance,
+    KnownCard,
+    NumaNode,
+    PciAddress,
+    Shape,
+    Status,
+    Step,
+    Tier,
+)
 
 MIGRATIONS: Final = (
     """
@@ -80,6 +92,28 @@ MIGRATIONS: Final = (
     ) STRICT;
     CREATE INDEX event_instance ON event (upstream_id, id);
     """,
+    """
+    ALTER TABLE instance ADD COLUMN nodes TEXT NOT NULL DEFAULT '[]';
+    ALTER TABLE instance ADD COLUMN former_drivers TEXT NOT NULL DEFAULT '{}';
+
+    -- What was last learned of the card at an address; a card that differs is not sold.
+    CREATE TABLE known_card (
+        gpu          TEXT PRIMARY KEY,
+        ids          TEXT NOT NULL,
+        uuid         TEXT,
+        serial       TEXT,
+        name         TEXT,
+        vram_mib     INTEGER,
+        nvlink_peers TEXT NOT NULL,
+        nvswitch     INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+
+    CREATE TABLE quarantine (
+        gpu    TEXT PRIMARY KEY,
+        since  REAL NOT NULL,
+        reason TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    """,
 )
 
 COLUMNS: Final = (
@@ -87,10 +121,10 @@ COLUMNS: Final = (
     "memory_mib", "storage_gib", "gpus", "address", "image_digest", "cost_per_hour", "region",
     "datacenter_location", "status", "step", "step_since", "created_at", "running_at", "ended_at",
     "delete_requested_at", "failure", "boot_id", "guest_boots", "boots_at_start",
-    "script_exit_code", "restarts", "last_start_at",
+    "script_exit_code", "restarts", "last_start_at", "nodes", "former_drivers",
 )  # fmt: skip
 
-_PLAIN: Final = COLUMNS[COLUMNS.index("step_since") :]
+_PLAIN: Final = COLUMNS[COLUMNS.index("step_since") : COLUMNS.index("nodes")]
 
 
 def migrate(connection: sqlite3.Connection) -> int:
@@ -121,7 +155,7 @@ def to_row(instance: Instance) -> dict[str, Any]:
         "cpu_cores": shape.cpu_cores,
         "memory_mib": shape.memory_mib,
         "storage_gib": shape.storage_gib,
-        "gpus": json.dumps([[str(gpu.address), gpu.stand_in] for gpu in grant.gpus]),
+        "gpus": json.dumps([_gpu_json(gpu) for gpu in grant.gpus]),
         "address": str(grant.address) if grant.address else None,
         "image_digest": grant.image_digest,
         "cost_per_hour": str(grant.cost_per_hour),
@@ -130,7 +164,36 @@ def to_row(instance: Instance) -> dict[str, Any]:
         "status": instance.status.value,
         "step": instance.step.value,
         **{name: getattr(instance, name) for name in _PLAIN},
+        "nodes": json.dumps([[n.number, n.cpu_cores, n.memory_mib] for n in grant.nodes]),
+        "former_drivers": json.dumps(
+            {str(function): driver for function, driver in instance.former_drivers.items()}
+        ),
     }
+
+
+def _gpu_json(gpu: Gpu) -> dict[str, Any]:
+    return {
+        "address": str(gpu.address),
+        "stand_in": gpu.stand_in,
+        "functions": [str(function) for function in gpu.functions],
+        "numa_node": gpu.numa_node,
+        "bundle": gpu.bundle,
+        "nvlink": gpu.nvlink,
+    }
+
+
+def _gpu_from_json(gpu_type: str, found: dict[str, Any] | list[Any]) -> Gpu:
+    if isinstance(found, list):  # as schema 1 wrote it, when every GPU was a stand-in
+        found = {"address": found[0], "stand_in": found[1]}
+    return Gpu(
+        address=PciAddress.parse(found["address"]),
+        gpu_type=gpu_type,
+        stand_in=found["stand_in"],
+        functions=tuple(PciAddress.parse(one) for one in found.get("functions", ())),
+        numa_node=found.get("numa_node"),
+        bundle=found.get("bundle", ""),
+        nvlink=found.get("nvlink", ""),
+    )
 
 
 def from_row(row: sqlite3.Row) -> Instance:
@@ -142,10 +205,11 @@ def from_row(row: sqlite3.Row) -> Instance:
         memory_mib=row["memory_mib"],
         storage_gib=row["storage_gib"],
     )
-    gpus = tuple(
-        Gpu(PciAddress.parse(address), shape.gpu_type, stand_in)
-        for address, stand_in in json.loads(row["gpus"])
-    )
+    gpus = tuple(_gpu_from_json(shape.gpu_type, found) for found in json.loads(row["gpus"]))
+    former_drivers = {
+        PciAddress.parse(function): driver
+        for function, driver in json.loads(row["former_drivers"]).items()
+    }
     return Instance(
         upstream_id=row["upstream_id"],
         instance_id=row["instance_id"],
@@ -159,10 +223,35 @@ def from_row(row: sqlite3.Row) -> Instance:
             cost_per_hour=Decimal(row["cost_per_hour"]),
             region=row["region"],
             datacenter_location=row["datacenter_location"],
+            nodes=tuple(NumaNode(*found) for found in json.loads(row["nodes"])),
         ),
         status=Status(row["status"]),
         step=Step(row["step"]),
+        former_drivers=former_drivers,
         **{name: row[name] for name in _PLAIN},
+    )
+
+
+def known_card_row(card: KnownCard) -> tuple[Any, ...]:
+    """The ``known_card`` row of a card."""
+    peers = json.dumps([str(peer) for peer in card.nvlink_peers])
+    return (
+        str(card.address), card.ids, card.uuid, card.serial, card.name, card.vram_mib, peers,
+        int(card.nvswitch),
+    )  # fmt: skip
+
+
+def known_card_from(row: sqlite3.Row) -> KnownCard:
+    """The card of a ``known_card`` row."""
+    return KnownCard(
+        address=PciAddress.parse(row["gpu"]),
+        ids=row["ids"],
+        uuid=row["uuid"],
+        serial=row["serial"],
+        name=row["name"],
+        vram_mib=row["vram_mib"],
+        nvlink_peers=tuple(PciAddress.parse(one) for one in json.loads(row["nvlink_peers"])),
+        nvswitch=bool(row["nvswitch"]),
     )
 
 

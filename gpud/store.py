@@ -21,6 +21,7 @@ from typing import IO, Any, Self, TypeVar
 
 import structlog
 
+from gpud.cardrecord import CardRecord
 from gpud.errors import Code, GpudError
 from gpud.model import (
     FIRST_STEP,
@@ -30,6 +31,7 @@ from gpud.model import (
     GuestInput,
     Instance,
     Order,
+    PciAddress,
     Status,
     Step,
 )
@@ -74,15 +76,14 @@ class Event:
     why: str
 
 
-class Store:
+class Store(CardRecord):
     """See the module's docstring. Built by :meth:`open`."""
 
     def __init__(
         self, connection: sqlite3.Connection, lock_file: IO[str], clock: Callable[[], float]
     ) -> None:
-        self._connection = connection
+        super().__init__(connection, clock)
         self._lock_file = lock_file
-        self._clock = clock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._live: dict[str, Instance] = {}
         self._by_instance_id: dict[str, str] = {}
@@ -183,17 +184,31 @@ class Store:
         step: Step,
         *,
         why: str = "",
+        quarantine: Mapping[PciAddress, str] = MappingProxyType({}),
         **changes: Any,  # noqa: ANN401
     ) -> Instance:
         """Commit the next step, with whatever else changes beside it.
 
         A caller's status wins over one that would be a step back (a DELETE arrived meanwhile).
 
+        Args:
+            instance: As it was when the step began.
+            step: The next step.
+            why: For the event.
+            quarantine: Cards that are to be quarantined too, with the reason of each.
+            changes: Fields of the instance.
+
         Raises:
             ValueError: The move is not in the table of legal ones, or the instance has moved on
                 since ``instance`` was read: a defect of the caller.
         """
-        return await self._change(lambda: self._move(instance, step, why, changes))
+
+        def work() -> Instance:
+            for address, reason in quarantine.items():
+                self._quarantine(address, reason)
+            return self._move(instance, step, why, changes)
+
+        return await self._change(work)
 
     async def request_delete(self, either_id: str) -> Instance | None:
         """Record that the caller wants the instance gone; None when there never was one."""
@@ -222,6 +237,7 @@ class Store:
 
     def _transaction(self, work: Callable[[], T], loop: asyncio.AbstractEventLoop) -> T:
         self._changed = {}
+        self._cards_changed = False
         self._connection.execute("BEGIN IMMEDIATE")
         try:
             result = work()
@@ -234,12 +250,14 @@ class Store:
         return result
 
     def _publish(self, loop: asyncio.AbstractEventLoop) -> None:
-        if not self._changed:
+        if self._cards_changed:
+            self._load_cards()
+        elif not self._changed:
             return
+        self.version += 1
         live = {**self._live, **self._changed}
         self._live = {key: instance for key, instance in live.items() if instance.live}
         self._by_instance_id = {one.instance_id: one.upstream_id for one in self._live.values()}
-        self.version += 1
         for instance in self._changed.values():
             for listener in self._listeners:
                 loop.call_soon_threadsafe(listener, instance)
@@ -261,6 +279,7 @@ class Store:
         live = [from_row(row) for row in self._connection.execute(query)]
         self._live = {instance.upstream_id: instance for instance in live}
         self._by_instance_id = {one.instance_id: one.upstream_id for one in live}
+        self._load_cards()
         new_owner = ("owner", secrets.token_hex(8))
         self._connection.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", new_owner)
         query = "SELECT value FROM meta WHERE key = 'owner'"

@@ -88,8 +88,12 @@ class Metrics:
             ["status"], registry=self.registry,
         )  # fmt: skip
         self.gpus = Gauge(
-            "gpud_gpus", "GPUs that may be sold, by type and whether an instance holds them.",
+            "gpud_gpus", "Cards by GPU type (none: not sold by GPU.ai) and state.",
             ["gpu_type", "state"], registry=self.registry,
+        )  # fmt: skip
+        self.quarantines = Counter(
+            "gpud_gpu_quarantines", "Cards that did not come back from an instance as they must.",
+            registry=self.registry,
         )  # fmt: skip
         self.step_seconds = Histogram(
             "gpud_step_seconds", "Time an instance spent in a step before moving on.",

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gpud.model import Instance, Step
+from gpud.model import Instance, PciAddress, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +17,13 @@ class Hop:
         step: The next step.
         why: For the event log, where the reason is not plain from the step.
         changes: Fields of the instance that change in the same commit.
+        quarantine: Cards that are quarantined in the same commit, with the reason of each.
     """
 
     step: Step
     why: str = ""
     changes: Mapping[str, Any] = field(default_factory=dict)
+    quarantine: Mapping[PciAddress, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +39,11 @@ class Fail:
 
     Attributes:
         message: What the caller is told: no path, no secret.
+        why: For the event log, where there is more to say to the operator.
     """
 
     message: str
+    why: str = ""
 
 
 Outcome = Hop | Nap | Fail

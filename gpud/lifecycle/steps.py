@@ -1,8 +1,9 @@
 """The steps of an order's life. Each is short, may be run any number of times, and records nothing
 itself: what it returns is committed by the worker.
 
-    lease_address → clone_disk → write_seed → start_domain → await_ready → running
-    stop_domain → remove_files → return_address → ended
+    lease_address → clone_disk → write_seed → check_gpus → bind_gpus → start_domain → await_ready
+    → running
+    stop_domain → remove_files → return_address → clean_gpus → return_gpus → ended
 """  # noqa: D205 - the sentence runs on
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from gpud.guest.seed import write_seed
 from gpud.hypervisor.domainxml import DomainSpec, LibvirtNetwork, UserNetwork, render
 from gpud.hypervisor.libvirtd import Hypervisor
 from gpud.hypervisor.networkxml import NetworkSpec
+from gpud.lifecycle.cards import CardSteps, start_time_limit_s
 from gpud.lifecycle.guests import GuestWatch
 from gpud.lifecycle.outcome import Fail, Hop, Nap, Outcome, StepFunction
 from gpud.model import DOMAIN_PREFIX, Instance, Status, Step
@@ -40,6 +42,7 @@ class Steps:
         images: ImageStore,
         hypervisor: Hypervisor,
         guests: GuestWatch,
+        cards: CardSteps,
         metrics: Metrics,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -48,12 +51,14 @@ class Steps:
         self._images = images
         self._hypervisor = hypervisor
         self._guests = guests
+        self._cards = cards
         self._metrics = metrics
         self._clock = clock
 
     def functions(self) -> Mapping[Step, StepFunction]:
         """Every step but the last, by its own name."""
-        return {step: getattr(self, step.value) for step in Step if step is not Step.ENDED}
+        own = {step: getattr(self, step.value, None) for step in Step if step is not Step.ENDED}
+        return {step: act or getattr(self._cards, step.value) for step, act in own.items()}
 
     async def lease_address(self, instance: Instance) -> Outcome:
         """Pin the instance's address to its MAC in the libvirt network."""
@@ -76,12 +81,13 @@ class Steps:
         given = await self._store.guest_input(instance.upstream_id)
         texts = cloudinit.render(cloudinit.GuestSpec.of(instance, given, self._config))
         await write_seed(self._files(instance).seed, texts)
-        return Hop(Step.START_DOMAIN)
+        return Hop(Step.CHECK_GPUS)
 
     async def start_domain(self, instance: Instance) -> Outcome:
         """Start the virtual machine."""
-        spec = self._domain_spec(instance, await self._domain_type())
-        await self._hypervisor.start(instance.domain_uuid, render(spec))
+        spec = await self._domain_spec(instance)
+        limit_s = start_time_limit_s(self._config.libvirt.call_timeout_s, instance.grant)
+        await self._hypervisor.start(instance.domain_uuid, render(spec), limit_s)
         changes = {"last_start_at": self._clock(), "boots_at_start": instance.guest_boots}
         return Hop(Step.AWAIT_READY, changes=changes)
 
@@ -90,6 +96,8 @@ class Steps:
         self._guests.attach(instance)
         if instance.guest_boots > instance.boots_at_start:
             return self._now_running(instance)
+        if lost := await self._cards.lost(instance):
+            return lost
         if await self._hypervisor.find(instance.domain_uuid) is None:
             return self._start_again(instance)
         return Nap(_READY_NAP_S)
@@ -97,6 +105,8 @@ class Steps:
     async def running(self, instance: Instance) -> Outcome:
         """See that the guest is still there; a guest that ended by itself is started again."""
         self._guests.attach(instance)
+        if lost := await self._cards.lost(instance):
+            return lost
         if await self._hypervisor.find(instance.domain_uuid) is not None:
             return Nap(_RUNNING_NAP_S)
         powered_off = self._guests.powered_off(instance)
@@ -117,10 +127,10 @@ class Steps:
         return Hop(Step.RETURN_ADDRESS)
 
     async def return_address(self, instance: Instance) -> Outcome:
-        """Take the address out of the libvirt network; the commit after this frees all claims."""
+        """Take the address out of the libvirt network."""
         if instance.grant.address is not None:
             await self._hypervisor.remove_lease(network_spec(self._config).name, instance.mac)
-        return Hop(Step.ENDED)
+        return Hop(Step.CLEAN_GPUS)
 
     def _now_running(self, instance: Instance) -> Outcome:
         if instance.running_at is not None:
@@ -138,7 +148,7 @@ class Steps:
         if restarts > self._config.guest.max_restarts:
             return Fail(f"its guest ended by itself {restarts} times in a row")
         self._metrics.guest_restarts.inc()
-        return Hop(Step.START_DOMAIN, "the guest had ended by itself", {"restarts": restarts})
+        return Hop(Step.CHECK_GPUS, "the guest had ended by itself", {"restarts": restarts})
 
     async def _domain_type(self) -> Literal["kvm", "qemu"]:
         configured = self._config.libvirt.domain_type
@@ -147,10 +157,10 @@ class Steps:
     def _files(self, instance: Instance) -> InstanceFiles:
         return InstanceFiles.of(self._config.state_dir, instance.upstream_id)
 
-    def _domain_spec(self, instance: Instance, domain_type: Literal["kvm", "qemu"]) -> DomainSpec:
+    async def _domain_spec(self, instance: Instance) -> DomainSpec:
         files, shape = self._files(instance), instance.grant.shape
         network = self._config.network
-        return DomainSpec(
+        spec = DomainSpec(
             name=instance.domain_name,
             uuid=instance.domain_uuid,
             owner=self._store.owner,
@@ -158,7 +168,7 @@ class Steps:
             mac=instance.mac,
             memory_mib=shape.memory_mib,
             cpu_cores=shape.cpu_cores,
-            domain_type=domain_type,
+            domain_type=await self._domain_type(),
             firmware=self._config.guest.firmware,
             base=files.base,
             disk=files.disk,
@@ -167,6 +177,7 @@ class Steps:
             stand_ins=sum(gpu.stand_in for gpu in instance.grant.gpus),
             network=UserNetwork() if network.mode == "user" else LibvirtNetwork(network.name),
         )
+        return await self._cards.placed(spec, instance)
 
 
 def lease_name(upstream_id: str, owner: str) -> str:

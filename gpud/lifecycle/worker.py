@@ -17,6 +17,7 @@ import structlog
 
 from gpud.config import Deadlines
 from gpud.errors import Code, GpudError
+from gpud.lifecycle.cards import start_time_limit_s
 from gpud.lifecycle.outcome import Fail, Hop, Nap, Outcome, StepFunction
 from gpud.model import FIRST_RELEASE_STEP, RELEASE_STEPS, Instance, Status, Step
 from gpud.store import Store
@@ -31,6 +32,8 @@ _FAILURES = {
     Step.LEASE_ADDRESS: "its network address could not be set up",
     Step.CLONE_DISK: "its disk could not be made",
     Step.WRITE_SEED: "its guest configuration could not be written",
+    Step.CHECK_GPUS: "its GPUs cannot be handed over",
+    Step.BIND_GPUS: "its GPUs could not be handed over",
     Step.START_DOMAIN: "its virtual machine could not be started",
     Step.AWAIT_READY: "its guest did not report the startup script started",
 }
@@ -132,14 +135,15 @@ class Worker:
         if instance.delete_requested_at is not None and not releasing:
             await self._commit(instance, Hop(FIRST_RELEASE_STEP, "termination comes first"))
             return 0
-        deadline_s = self._deadlines.of(instance.step)
+        deadline_s = self._deadline_s(instance)
         try:
             outcome = await self._steps[instance.step](instance)
         except Exception as error:
             if not self._may_give_up(instance) or not self._final(instance, error):
                 raise
             self._report(instance, error)
-            outcome = Fail(f"{_FAILURES[instance.step]} ({_code(error).value})")
+            message = f"{_FAILURES[instance.step]} ({_code(error).value})"
+            outcome = Fail(message, _told(error))
         if isinstance(outcome, Nap) and self._late(instance) and self._may_give_up(instance):
             outcome = Fail(f"{_FAILURES[instance.step]} within {deadline_s:g} s")
         return await self._commit(instance, outcome)
@@ -150,8 +154,17 @@ class Worker:
         if isinstance(outcome, Fail):
             changes = {"status": Status.ERROR, "failure": outcome.message}
             _log.error("order failed", step=instance.step.value, reason=outcome.message)
-            outcome = Hop(FIRST_RELEASE_STEP, outcome.message, changes)
-        moved = await self._store.move(instance, outcome.step, why=outcome.why, **outcome.changes)
+            outcome = Hop(FIRST_RELEASE_STEP, outcome.why or outcome.message, changes)
+        moved = await self._store.move(
+            instance,
+            outcome.step,
+            why=outcome.why,
+            quarantine=outcome.quarantine,
+            **outcome.changes,
+        )
+        for address, reason in outcome.quarantine.items():
+            _log.error("GPU quarantined", gpu=str(address), reason=reason)
+            self._metrics.quarantines.inc()
         spent_s = self._in_step_s(instance)
         self._entered[instance.upstream_id] = (moved.step, self._monotonic())
         self._metrics.step_seconds.labels(instance.step.value).observe(spent_s)
@@ -171,8 +184,14 @@ class Worker:
         expected = isinstance(error, GpudError) and not error.transient
         return expected or self._late(instance)
 
-    def _late(self, instance: Instance) -> bool:
+    def _deadline_s(self, instance: Instance) -> float | None:
         deadline_s = self._deadlines.of(instance.step)
+        if deadline_s is None or instance.step is not Step.START_DOMAIN:
+            return deadline_s
+        return start_time_limit_s(deadline_s, instance.grant)
+
+    def _late(self, instance: Instance) -> bool:
+        deadline_s = self._deadline_s(instance)
         return deadline_s is not None and self._in_step_s(instance) > deadline_s
 
     def _in_step_s(self, instance: Instance) -> float:
@@ -195,6 +214,11 @@ class Worker:
 
 def _code(error: Exception) -> Code:
     return error.code if isinstance(error, GpudError) else Code.INTERNAL
+
+
+def _told(error: Exception) -> str:
+    """What the operator is told: an unexpected error's text may quote its input, so its type alone."""
+    return error.detail if isinstance(error, GpudError) else type(error).__name__
 
 
 def _backoff_s(failures: int) -> float:

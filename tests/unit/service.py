@@ -17,13 +17,15 @@ from gpud.config import Config
 from gpud.desk import OrderDesk
 from gpud.guest.image import ImageStore
 from gpud.host.capacity import Capacity
+from gpud.host.pci import PciTree
 from gpud.inventory import Inventory
-from gpud.model import GuestInput, Instance, Order, Status, Step, Tier
+from gpud.model import GuestInput, Instance, NumaNode, Order, Status, Step, Tier
 from gpud.store import Store
 from gpud.telemetry import Metrics
+from tests.unit.lifecycle.gpud_under_test import CREATE_STEPS, RELEASE_STEPS
 
 NOW = 1_790_000_000.0
-ROOMY = Capacity(cpu_cores=64, memory_mib=256 * 1024, storage_gib=4000)
+ROOMY = Capacity((NumaNode(0, 64, 256 * 1024),), storage_gib=4000)
 
 SETTINGS: Mapping[str, Any] = {
     "auth": {"issuer": "https://issuer.example", "audience": ["gpud"], "key_files": ["/k.pem"]},
@@ -41,8 +43,8 @@ SETTINGS: Mapping[str, Any] = {
     "gpus": {"stand_ins": [{"gpu_type": "h100_sxm", "count": 2}]},
 }
 
-_CREATE = (Step.CLONE_DISK, Step.WRITE_SEED, Step.START_DOMAIN, Step.AWAIT_READY)
-_RELEASE = (Step.STOP_DOMAIN, Step.REMOVE_FILES, Step.RETURN_ADDRESS, Step.ENDED)
+_CREATE = CREATE_STEPS[1:]
+_RELEASE = (*RELEASE_STEPS, Step.ENDED)
 
 
 class Clock:
@@ -97,7 +99,7 @@ async def running_service(
 ) -> AsyncIterator[Service]:
     """The parts behind the API, over a state file of their own."""
     store = await Store.open(config.state_dir, clock)
-    inventory = Inventory(config, measure)
+    inventory = Inventory(config, measure, lambda: PciTree({}), None, store)
     await inventory.refresh()
     metrics = Metrics()
     hypervisor = Hypervisor()

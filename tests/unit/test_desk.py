@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gpud.errors import Code, GpudError
 from gpud.guest.image import ImageStore
 from gpud.host.capacity import Capacity
-from gpud.model import Tier
+from gpud.model import NumaNode, Tier
 from tests.unit.service import (
     Clock,
     Service,
@@ -113,7 +113,7 @@ async def test_as_many_orders_are_accepted_as_were_said_to_be_available(
     )
 
     def measure() -> Capacity:
-        return Capacity(cpu_cores, memory_gib * 1024, 1000)
+        return Capacity((NumaNode(0, cpu_cores, memory_gib * 1024),), 1000)
 
     async with running_service(config, images, Clock(), measure) as service:
         for number in range(held):

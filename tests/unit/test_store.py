@@ -26,11 +26,12 @@ from gpud.model import (
 )
 from gpud.store import Store
 from tests.unit.fakes.orders import SHAPE, Clock, grant, granting, order, quick_directory
+from tests.unit.lifecycle.gpud_under_test import CREATE_STEPS, RELEASE_STEPS
 
 SECRET = b"#!/bin/sh\nexport TOKEN=s3cr3t-in-a-script\n"
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAISecretKeyOfATenant me"
-RELEASE = (Step.STOP_DOMAIN, Step.REMOVE_FILES, Step.RETURN_ADDRESS, Step.ENDED)
-CREATE = (Step.CLONE_DISK, Step.WRITE_SEED, Step.START_DOMAIN, Step.AWAIT_READY)
+RELEASE = (*RELEASE_STEPS, Step.ENDED)
+CREATE = CREATE_STEPS[1:]
 
 OpenStore = Callable[[], Awaitable[Store]]
 
@@ -545,7 +546,7 @@ async def test_every_commit_survives_and_reopening_gives_the_same_view(
         lambda store, one: store.guest_booted(one.upstream_id, "boot-1"),
         lambda store, one: store.move(one, Step.RUNNING, status=Status.RUNNING, running_at=1.5),
         lambda store, one: store.script_exited(one.upstream_id, 3),
-        lambda store, one: store.move(one, Step.START_DOMAIN, restarts=1, last_start_at=2.5),
+        lambda store, one: store.move(one, Step.CHECK_GPUS, restarts=1, last_start_at=2.5),
         lambda store, one: store.request_delete(one.upstream_id),
         *(lambda store, one, to=step: store.move(one, to) for step in RELEASE[:-1]),
     ]

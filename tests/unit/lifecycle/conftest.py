@@ -14,10 +14,11 @@ from gpud import command
 from gpud.guest.image import ImageStore
 from gpud.hypervisor import connection
 from gpud.lifecycle import guests, worker
+from tests.unit.fakes.kernel import FakeKernel
 from tests.unit.fakes.libvirt_daemon import LibvirtDaemon
 from tests.unit.fakes.orders import Clock, quick_directory
 from tests.unit.fakes.qemu_img import QemuImg, base_image
-from tests.unit.lifecycle.gpud_under_test import Gpud, StepsMapping, make_config
+from tests.unit.lifecycle.gpud_under_test import Gpud, StepsMapping, make_config, make_server
 
 StartGpud = Callable[..., Awaitable[Gpud]]
 
@@ -86,8 +87,14 @@ async def image(state_dir: Path, qemu_img: QemuImg) -> str:  # noqa: ARG001 - ha
 
 
 @pytest.fixture
+def kernel(state_dir: Path) -> FakeKernel:
+    return make_server(state_dir / "host")
+
+
+@pytest.fixture
 async def start_gpud(
     state_dir: Path,
+    kernel: FakeKernel,
     clock: Clock,
     monotonic: Clock,
     libvirtd: LibvirtDaemon,  # noqa: ARG001 - they only have to be there
@@ -98,9 +105,12 @@ async def start_gpud(
     lives: list[Gpud] = []
 
     async def start(
-        around: Callable[[StepsMapping], StepsMapping] = lambda it: it, **options: object
+        around: Callable[[StepsMapping], StepsMapping] = lambda it: it,
+        *,
+        server: FakeKernel = kernel,
+        **options: object,
     ) -> Gpud:
-        gpud = Gpud(make_config(state_dir, **options), clock, monotonic)  # type: ignore[arg-type]
+        gpud = Gpud(make_config(state_dir, **options), server, clock, monotonic)  # type: ignore[arg-type]
         lives.append(gpud)
         return await asyncio.wait_for(gpud.start(around), 5)
 

@@ -16,6 +16,7 @@ from gpud.config import (
     Config,
     Deadlines,
     Guest,
+    HostReserve,
     Libvirt,
     Network,
     Offer,
@@ -24,7 +25,12 @@ from gpud.config import (
 )
 from gpud.guest.console import ConsoleLogs
 from gpud.guest.image import ImageStore
+from gpud.host import iommu, pci
+from gpud.host.capacity import Capacity
+from gpud.host.vfio import Handover
 from gpud.hypervisor.libvirtd import Hypervisor
+from gpud.inventory import Inventory
+from gpud.lifecycle.cards import CardSteps
 from gpud.lifecycle.guests import GuestWatch
 from gpud.lifecycle.outcome import StepFunction
 from gpud.lifecycle.reconcile import Reconciler
@@ -34,15 +40,17 @@ from gpud.model import (
     FIRST_RELEASE_STEP,
     FIRST_STEP,
     LEGAL_STEPS,
-    Host,
     Instance,
+    NumaNode,
+    PciAddress,
     Status,
     Step,
     Tier,
 )
 from gpud.store import Store
 from gpud.telemetry import Metrics
-from tests.unit.fakes.orders import SHAPE, Clock, gpu, order, until
+from tests.unit.fakes.kernel import FakeKernel
+from tests.unit.fakes.orders import SHAPE, Clock, order, until
 
 StepsMapping = Mapping[Step, StepFunction]
 ADDRESSES = tuple(IPv4Address("10.77.0.10") + number for number in range(4))
@@ -56,6 +64,24 @@ def way(first: Step, last: Step) -> list[Step]:
             return taken
         ways += [[*taken, step] for step in sorted(LEGAL_STEPS[taken[-1]]) if step not in taken]
     raise AssertionError(f"no way from {first} to {last}")
+
+
+def make_server(directory: Path) -> FakeKernel:
+    """A server with two cards, each a GPU on NVIDIA's driver with its audio function."""
+    kernel = FakeKernel(directory)
+    for number in (1, 2):
+        slot = f"0000:{number:02x}:00"
+        kernel.add_function(f"{slot}.0", driver="nvidia", group=number)
+        kernel.add_function(
+            f"{slot}.1", device=0x22BA, class_code=0x040300, driver="snd_hda_intel", group=number,
+            bars=(16384,), reset_methods=(),
+        )  # fmt: skip
+    return kernel
+
+
+def drivers(kernel: FakeKernel) -> dict[PciAddress, tuple[str | None, str]]:
+    """Which driver has each function, and what overrides that."""
+    return {one: (kernel.driver(one), kernel.override(one)) for one in kernel.addresses}
 
 
 CREATE_STEPS = way(FIRST_STEP, Step.RUNNING)[:-1]
@@ -83,7 +109,10 @@ def make_config(
         site=Site(region="US", datacenter_location="US-Test-1"),
         offers=[Offer(gpu_type=SHAPE.gpu_type, per_gpu=per_gpu, price_per_gpu_hour=price)],
         libvirt=Libvirt.model_validate({"domain_type": domain_type}),
-        network=Network.model_validate({"mode": mode}),
+        host_reserve=HostReserve(cpu_cores=0, memory_gib=0, storage_gib=0),
+        network=Network.model_validate(
+            {"mode": mode, "first_address": ADDRESSES[0], "last_address": ADDRESSES[-1]}
+        ),
         guest=Guest.model_validate(guest),
         deadlines=deadlines or Deadlines(),
     )
@@ -92,12 +121,11 @@ def make_config(
 class Gpud:
     """One life of the daemon, from :meth:`start` to :meth:`stop` or :meth:`kill`."""
 
-    def __init__(self, config: Config, clock: Clock, monotonic: Clock, gpus: int = 2) -> None:
+    def __init__(self, config: Config, kernel: FakeKernel, clock: Clock, monotonic: Clock) -> None:
         self.config = config
+        self.kernel = kernel
         self._clock = clock
         self._monotonic = monotonic
-        addresses = ADDRESSES if config.network.mode == "network" else None
-        self.host = Host(tuple(gpu(number) for number in range(gpus)), 64, 65536, 1000, addresses)
         self.metrics = Metrics()
         self.stopped = False
 
@@ -119,8 +147,30 @@ class Gpud:
         self.guests = GuestWatch(
             self.hypervisor, self.store, self.consoles, self.metrics, self._monotonic
         )
+        self.inventory = Inventory(
+            config,
+            lambda: Capacity((NumaNode(0, 64, 65536),), 1000),
+            lambda: pci.read(self.kernel.sysfs.root),
+            None,
+            self.store,
+            read_iommu=lambda: iommu.facts(self.kernel.sysfs.root, self.kernel.proc),
+        )
+        await self.inventory.refresh()
+        handover = Handover(
+            self.kernel.sysfs, self.kernel.proc, sleep=self.kernel.sleep, clock=self.kernel.clock
+        )
+        self.cards = CardSteps(
+            config, self.store, self.inventory, self.kernel.sysfs, handover, None
+        )
         self.steps = Steps(
-            config, self.store, self.images, self.hypervisor, self.guests, self.metrics, self._clock
+            config,
+            self.store,
+            self.images,
+            self.hypervisor,
+            self.guests,
+            self.cards,
+            self.metrics,
+            self._clock,
         )
         self.worker = Worker(
             self.store,
@@ -161,7 +211,7 @@ class Gpud:
         digest = self.images.resolve(self.config.guest.image).digest
         admission = await self.store.admit(
             wanted,
-            lambda grants: offers.grant(self.config, self.host, grants, wanted, digest),
+            lambda grants: offers.grant(self.config, self.inventory.host, grants, wanted, digest),
         )
         return admission.instance
 

@@ -36,7 +36,7 @@ from gpud.store import Store
 from tests.unit.fakes.libvirt_daemon import Guest, LibvirtDaemon, error
 from tests.unit.fakes.orders import Clock, quick_directory, until
 from tests.unit.fakes.qemu_img import QemuImg, base_image, failed
-from tests.unit.lifecycle.gpud_under_test import Gpud, make_config
+from tests.unit.lifecycle.gpud_under_test import Gpud, drivers, make_config, make_server
 
 CALLS = st.sampled_from(
     [
@@ -84,6 +84,7 @@ class AnyHistory(RuleBasedStateMachine):
         self.runner = self.stack.enter_context(asyncio.Runner())
         self.state_dir: Path = self.stack.enter_context(quick_directory())
         self.libvirtd, self.qemu_img = LibvirtDaemon(), QemuImg()
+        self.kernel = make_server(self.state_dir / "host")
         self.clock, self.monotonic = Clock(), Clock(1000)
         self.seen: dict[str, Status] = {}
         self.count = 0
@@ -179,6 +180,14 @@ class AnyHistory(RuleBasedStateMachine):
         assert self.gpud.directories() == set(live)
         network = self.libvirtd.networks.get("gpud")
         leases = set() if network is None else set(network.hosts())
+        taken = {
+            function
+            for one in live.values()
+            for gpu in one.grant.gpus
+            for function in gpu.functions
+        }
+        found = {one for one, (driver, _) in drivers(self.kernel).items() if driver == "vfio-pci"}
+        assert found == taken
         owner = self.gpud.store.owner
         assert leases == {lease_name(one.upstream_id, owner) for one in live.values()}
 
@@ -231,7 +240,7 @@ class AnyHistory(RuleBasedStateMachine):
         await ImageStore(self.state_dir / "images").add(source, "base")
 
     async def _start(self) -> Gpud:
-        gpud = Gpud(make_config(self.state_dir), self.clock, self.monotonic)
+        gpud = Gpud(make_config(self.state_dir), self.kernel, self.clock, self.monotonic)
         await asyncio.wait_for(gpud.start(), 8)
         await self._network(gpud)
         return gpud

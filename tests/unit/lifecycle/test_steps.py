@@ -11,10 +11,11 @@ from gpud.errors import Code, GpudError
 from gpud.guest.disk import InstanceFiles
 from gpud.hypervisor.domainxml import CHANNEL_NAME
 from gpud.hypervisor.events import DomainEvent
+from gpud.hypervisor.passthroughxml import passed_functions
 from gpud.lifecycle import steps as steps_module
 from gpud.lifecycle.outcome import Fail, Hop, Nap, Outcome
 from gpud.lifecycle.steps import lease_name
-from gpud.model import Instance, Status, Step
+from gpud.model import Instance, PciAddress, Status, Step
 from tests.unit.fakes.libvirt_daemon import LibvirtDaemon
 from tests.unit.fakes.orders import Clock, until
 from tests.unit.lifecycle.conftest import StartGpud
@@ -72,7 +73,7 @@ async def test_an_instance_without_address_needs_no_network(
 ) -> None:
     bare = replace(instance, grant=replace(instance.grant, address=None))
     assert await run(still, bare, Step.LEASE_ADDRESS) == Hop(Step.CLONE_DISK)
-    assert await run(still, bare, Step.RETURN_ADDRESS) == Hop(Step.ENDED)
+    assert await run(still, bare, Step.RETURN_ADDRESS) == Hop(Step.CLEAN_GPUS)
     assert libvirtd.networks == {}
 
 
@@ -97,7 +98,7 @@ async def test_write_seed_carries_the_script(still: Gpud) -> None:
     script = b"#!/bin/sh\r\necho \xff\n"
     instance = await still.order("with-script", script)
     hop = await run(still, instance, Step.CLONE_DISK, Step.WRITE_SEED)
-    assert hop == Hop(Step.START_DOMAIN)
+    assert hop == Hop(Step.CHECK_GPUS)
     seed = InstanceFiles.of(still.config.state_dir, instance.upstream_id).seed.read_bytes()
     assert script in seed
 
@@ -130,7 +131,8 @@ async def test_the_domain_has_what_was_granted(
     files = InstanceFiles.of(still.config.state_dir, instance.upstream_id)
     sources = [one.get("file") for one in xml.iterfind("devices/disk/source")]
     assert sources == [str(files.disk), str(files.seed)]
-    assert ET.tostring(xml).count(b"edu,id=stand-in-") == 1
+    passed = {PciAddress.parse(f"0000:01:00.{number}") for number in (0, 1)}
+    assert set(passed_functions(ET.tostring(xml, encoding="unicode"))) == passed
     nic = xml.find("devices/interface")
     assert nic is not None
     assert nic.find("source[@network='gpud']") is not None
@@ -216,7 +218,7 @@ async def test_a_guest_that_ended_while_it_booted_is_started_again(
     still: Gpud, instance: Instance, clock: Clock
 ) -> None:
     outcome = await run(still, replace(instance, last_start_at=clock.now - 5), Step.AWAIT_READY)
-    assert outcome == Hop(Step.START_DOMAIN, "the guest had ended by itself", {"restarts": 1})
+    assert outcome == Hop(Step.CHECK_GPUS, "the guest had ended by itself", {"restarts": 1})
 
 
 # -- running ---------------------------------------------------------------------------------------
@@ -246,9 +248,7 @@ async def test_a_guest_that_ended_is_started_again_and_ends_in_a_row_are_counted
     last = None if last_start_s_ago is None else clock.now - last_start_s_ago
     gone = replace(instance, restarts=restarts, last_start_at=last)
     outcome = await run(still, gone, Step.RUNNING)
-    assert outcome == Hop(
-        Step.START_DOMAIN, "the guest had ended by itself", {"restarts": expected}
-    )
+    assert outcome == Hop(Step.CHECK_GPUS, "the guest had ended by itself", {"restarts": expected})
     assert still.metrics.registry.get_sample_value("gpud_guest_restarts_total") == 2
 
 
@@ -292,7 +292,7 @@ async def test_a_guest_that_did_not_power_off_is_started_again_wherever(
         gpud.guests.hear(instance.domain_uuid, event, detail)
     outcome = await run(gpud, instance, Step.RUNNING)
     assert isinstance(outcome, Hop)
-    assert outcome.step is Step.START_DOMAIN
+    assert outcome.step is Step.CHECK_GPUS
 
 
 # -- giving back -----------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from tests.unit.lifecycle.gpud_under_test import (
     Gpud,
     Hold,
     StepsMapping,
+    drivers,
 )
 
 REAL_RUN = command.run
@@ -43,7 +44,9 @@ def nothing_left(gpud: Gpud, libvirtd: LibvirtDaemon) -> bool:
     claims.close()
     networks = libvirtd.networks.values()
     leases = [name for network in networks if network.live is not None for name in network.hosts()]
-    return not (claimed or leases or libvirtd.guests or gpud.directories() or gpud.store.live)
+    as_found = {("nvidia", ""), ("snd_hda_intel", "")} == set(drivers(gpud.kernel).values())
+    left = claimed or leases or libvirtd.guests or gpud.directories() or gpud.store.live
+    return as_found and not left
 
 
 def one_domain(libvirtd: LibvirtDaemon, instance: Instance) -> bool:

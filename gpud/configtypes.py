@@ -1,0 +1,46 @@
+"""Types of values that the configuration is made of, each with its own check."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Field
+
+from gpud.model import GPU_TYPES
+
+
+def _known_gpu_type(identifier: str) -> str:
+    if identifier not in GPU_TYPES:
+        raise ValueError(f"unknown GPU type; one of {', '.join(GPU_TYPES)}")
+    return identifier
+
+
+def _private_or_https(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError("not an http(s) URL")
+    if parts.scheme == "http":
+        try:
+            loopback = ip_address(parts.hostname).is_loopback
+        except ValueError:
+            loopback = parts.hostname == "localhost"
+        if not loopback:
+            raise ValueError("plain http is accepted for loopback only; use https")
+    return url
+
+
+def _absolute(path: Path) -> Path:
+    if not path.is_absolute():
+        raise ValueError("must be an absolute path")
+    return path
+
+
+GpuTypeName = Annotated[str, AfterValidator(_known_gpu_type)]
+HttpsUrl = Annotated[str, AfterValidator(_private_or_https)]
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=86400)]
+PciIds = Annotated[str, Field(pattern=r"^[0-9a-f]{4}:[0-9a-f]{4}$")]
