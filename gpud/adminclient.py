@@ -23,6 +23,15 @@ def get(socket: Path, path: str) -> Any:  # noqa: ANN401 - whatever JSON the dae
     return asyncio.run(_get(socket, path))
 
 
+def post(socket: Path, path: str, body: dict[str, str] | None = None) -> Any:  # noqa: ANN401
+    """Ask for a change; returns the JSON answer.
+
+    Raises:
+        GpudError: The daemon does not answer, or refuses.
+    """
+    return asyncio.run(_post(socket, path, body or {}))
+
+
 def copy(socket: Path, path: str, target: BinaryIO) -> None:
     """Copy an answer of any length to ``target`` as it comes.
 
@@ -37,26 +46,38 @@ def console_path(instance_id: str, *, follow: bool) -> str:
     return f"/instances/{quote(instance_id, safe='')}/console" + ("?follow=1" if follow else "")
 
 
+def gpu_path(address: str, act: str) -> str:
+    """The path of an act on a GPU."""
+    return f"/gpus/{quote(address, safe='')}/{act}"
+
+
 async def _get(socket: Path, path: str) -> Any:  # noqa: ANN401
-    async with _asked(socket, path) as response:
+    async with _asked(socket, "GET", path) as response:
+        return await response.json()
+
+
+async def _post(socket: Path, path: str, body: dict[str, str]) -> Any:  # noqa: ANN401
+    async with _asked(socket, "POST", path, body) as response:
         return await response.json()
 
 
 async def _copy(socket: Path, path: str, target: BinaryIO) -> None:
-    async with _asked(socket, path) as response:
+    async with _asked(socket, "GET", path) as response:
         async for chunk in response.content.iter_any():
             target.write(chunk)
             target.flush()
 
 
 @asynccontextmanager
-async def _asked(socket: Path, path: str) -> AsyncIterator[aiohttp.ClientResponse]:
+async def _asked(
+    socket: Path, method: str, path: str, body: dict[str, str] | None = None
+) -> AsyncIterator[aiohttp.ClientResponse]:
     connector = aiohttp.UnixConnector(str(socket))
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
     try:
         async with (
             aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
-            session.get(f"http://gpud{path}") as response,
+            session.request(method, f"http://gpud{path}", json=body) as response,
         ):
             if response.status != 200:  # noqa: PLR2004
                 raise await _refusal(response)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from uuid import UUID
@@ -23,19 +23,24 @@ from gpud.desk import OrderDesk
 from gpud.errors import Code, GpudError
 from gpud.guest.console import ConsoleLogs
 from gpud.guest.image import ImageStore
-from gpud.host import capacity
+from gpud.host import capacity, pci
+from gpud.host.nvml import Nvml
+from gpud.host.sysfs import Sysfs
+from gpud.host.vfio import Handover
 from gpud.hypervisor.libvirtd import Hypervisor
 from gpud.inventory import Inventory
+from gpud.lifecycle.cards import CardSteps
 from gpud.lifecycle.guests import GuestWatch
 from gpud.lifecycle.reconcile import Reconciler
 from gpud.lifecycle.steps import Steps
 from gpud.lifecycle.worker import Worker
-from gpud.model import Instance, Status
+from gpud.model import Instance, PciAddress, Status
 from gpud.store import Store
 from gpud.telemetry import Metrics
 
 _log = structlog.get_logger()
 
+_FOLLOW_DOMAINS_S = 15.0
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -78,7 +83,14 @@ async def running(config: Config) -> AsyncIterator[None]:
 
         metrics = Metrics()
         images = ImageStore(config.state_dir / "images")
-        inventory = Inventory(config, partial(capacity.measure, config.state_dir))
+        sysfs = Sysfs()
+        ask_nvml = config.gpus.nvml and not config.gpus.stand_ins
+        nvml = Nvml(config.gpus.nvml_timeout_s) if ask_nvml else None
+        measure = partial(
+            capacity.measure, config.state_dir, hugepage_kib=config.guest.hugepage_kib
+        )
+        domains: dict[PciAddress, str] = {}
+        inventory = Inventory(config, measure, pci.read, nvml, store, domains=lambda: domains)
         await inventory.refresh()
         hypervisor = Hypervisor(
             config.libvirt.uri,
@@ -87,7 +99,8 @@ async def running(config: Config) -> AsyncIterator[None]:
         )
         consoles = ConsoleLogs(config.state_dir / "console", config.guest.console_log_kib * 1024)
         guests = GuestWatch(hypervisor, store, consoles, metrics)
-        steps = Steps(config, store, images, hypervisor, guests, metrics)
+        cards = CardSteps(config, store, inventory, sysfs, Handover(sysfs), nvml)
+        steps = Steps(config, store, images, hypervisor, guests, cards, metrics)
         worker = Worker(store, steps.functions(), config.deadlines, metrics)
         reconciler = Reconciler(config, store, hypervisor, consoles, metrics)
         desk = OrderDesk(config, store, inventory, images, lambda: hypervisor.available, metrics)
@@ -98,7 +111,12 @@ async def running(config: Config) -> AsyncIterator[None]:
         hypervisor.on_connect(worker.wake_all)
 
         await stack.enter_async_context(
-            _background(hypervisor.run(), inventory.run(), reconciler.run())
+            _background(
+                hypervisor.run(),
+                inventory.run(),
+                reconciler.run(),
+                _follow_domains(hypervisor, domains),
+            )
         )
         stack.push_async_callback(guests.close)
         worker.start()
@@ -107,12 +125,23 @@ async def running(config: Config) -> AsyncIterator[None]:
         if config.metrics.enabled:
             update = partial(_update_gauges, metrics, store, inventory, hypervisor)
             await listeners.metrics(stack, config.metrics, metrics, update)
-        admin = Admin(store, desk, consoles)
+        admin = Admin(store, desk, inventory, consoles)
         await listeners.admin(stack, config.admin_socket_path, admin.build_app())
         routes = Routes(desk, store, config.network, metrics)
         app = build_app(config.server, routes, authenticator, metrics)
         await listeners.api(stack, config.server, tls, app)
         yield
+
+
+async def _follow_domains(hypervisor: Hypervisor, domains: dict[PciAddress, str]) -> None:
+    """Keep up with which domains have which of the host's PCI functions, whoever made them."""
+    while True:
+        await hypervisor.wait_available()
+        with suppress(GpudError):
+            found = await hypervisor.passed_functions()
+            domains.clear()
+            domains.update(found)
+        await asyncio.sleep(_FOLLOW_DOMAINS_S)
 
 
 def _update_gauges(
@@ -121,11 +150,9 @@ def _update_gauges(
     live = list(store.live.values())
     for status in Status:
         metrics.instances.labels(status.value).set(sum(one.status is status for one in live))
-    claimed = {gpu.address for one in live for gpu in one.grant.gpus}
     metrics.gpus.clear()
-    for gpu in inventory.host.gpus:
-        state = "claimed" if gpu.address in claimed else "available"
-        metrics.gpus.labels(gpu.gpu_type, state).inc()
+    for card in inventory.cards:
+        metrics.gpus.labels(card.gpu_type or "none", card.state.value).inc()
     metrics.hypervisor_up.set(hypervisor.available)
 
 

@@ -17,9 +17,13 @@ from gpud.configfile import load_config
 from gpud.dev import issuer
 from gpud.errors import GpudError
 from gpud.guest.image import ImageStore
+from gpud.host.capture import capture
+from gpud.host.nvml import Nvml
 from gpud.telemetry import set_up_logging
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_SERVICE_SOCKET = Path("/run/gpud/gpud.sock")
 
 _config_option = click.option(
     "--config",
@@ -91,6 +95,42 @@ def offers(config_file: Path, *, as_json: bool) -> None:
     """List what is on offer, and how much of it could be sold right now."""
     answer = adminclient.get(_socket(config_file), "/offers")
     tables.show(answer["offerings"], tables.OFFERS, "nothing is on offer", as_json=as_json)
+
+
+@main.group(invoke_without_command=True)
+@_config_option
+@_json_option
+@click.pass_context
+def gpus(ctx: click.Context, config_file: Path, *, as_json: bool) -> None:
+    """List the GPUs, and for each that cannot be sold, why not."""
+    if ctx.invoked_subcommand is None:
+        answer = adminclient.get(_socket(config_file), "/gpus")
+        tables.show(answer["gpus"], tables.GPUS, "this server has no GPU", as_json=as_json)
+
+
+@gpus.command("quarantine")
+@click.argument("address")
+@click.option("--reason", required=True, help="Shown wherever the GPU is.")
+@_config_option
+def gpus_quarantine(address: str, reason: str, config_file: Path) -> None:
+    """Sell the GPU at ADDRESS no more; an instance that has it keeps it."""
+    _act_on_gpu(config_file, address, "quarantine", {"reason": reason})
+
+
+@gpus.command("release")
+@click.argument("address")
+@_config_option
+def gpus_release(address: str, config_file: Path) -> None:
+    """End the quarantine of the GPU at ADDRESS, after a look at it."""
+    _act_on_gpu(config_file, address, "release")
+
+
+@gpus.command("confirm")
+@click.argument("address")
+@_config_option
+def gpus_confirm(address: str, config_file: Path) -> None:
+    """Take the card that is at ADDRESS now for the right one, after a swap."""
+    _act_on_gpu(config_file, address, "confirm")
 
 
 @main.command()
@@ -169,8 +209,29 @@ def dev_issuer(port: int, client_id: str, client_secret: str, audience: str) -> 
     asyncio.run(issuer.serve("127.0.0.1", port, client_id, client_secret, audience))
 
 
+@dev.command("capture-host")
+@click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
+def dev_capture_host(directory: Path) -> None:
+    """Record this server's cards in DIRECTORY, without serials, as data for a test of gpud."""
+    report = asyncio.run(Nvml().report())
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, text in capture(Path("/sys"), Path("/proc"), report).items():
+        (directory / name).write_text(text)
+        click.echo(directory / name)
+
+
+def _act_on_gpu(
+    config_file: Path, address: str, act: str, body: dict[str, str] | None = None
+) -> None:
+    answer = adminclient.post(_socket(config_file), adminclient.gpu_path(address, act), body)
+    rows = [answer["gpu"]] if answer["gpu"] else []
+    tables.show(rows, tables.GPUS, f"no GPU is at {address} now", as_json=False)
+
+
 def _socket(config_file: Path) -> Path:
-    return load_config(config_file).admin_socket_path
+    """Where the daemon listens, which knows its runtime directory from systemd; this command does not."""
+    expected = load_config(config_file).admin_socket_path
+    return expected if expected.exists() or not _SERVICE_SOCKET.exists() else _SERVICE_SOCKET
 
 
 def _images(config: Config) -> ImageStore:

@@ -28,6 +28,10 @@ def _duration(seconds: int) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds % 60:02} s"
 
 
+def _or_dash(number: int | None) -> str:
+    return "-" if number is None else str(number)
+
+
 INSTANCES: Sequence[Column] = (
     ("ID", lambda row: row["upstream_id"]),
     ("INSTANCE", lambda row: row["instance_id"]),
@@ -49,6 +53,16 @@ OFFERS: Sequence[Column] = (
     ("USD/H", lambda row: f"{row['price_per_hour']:.2f}"),
     ("STOCK", lambda row: row["stock_status"] if row["available_count"] else "sold out"),
     ("AVAILABLE", lambda row: str(row["available_count"])),
+)
+GPUS: Sequence[Column] = (
+    ("ADDRESS", lambda row: row["address"]),
+    ("GPU", lambda row: row["name"] or row["gpu_type"] or row["ids"]),
+    ("TYPE", lambda row: row["gpu_type"] or "-"),
+    ("NUMA", lambda row: _or_dash(row["numa_node"])),
+    ("GROUP", lambda row: _or_dash(row["iommu_group"])),
+    ("DRIVER", lambda row: row["driver"] or "-"),
+    ("STATE", lambda row: row["state"].replace("_", " ")),
+    ("NOTE", lambda row: row["summary"]),
 )
 IMAGES: Sequence[Column] = (
     ("NAME", lambda row: row["name"]),

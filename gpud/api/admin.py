@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import structlog
 from aiohttp import web
 
 from gpud.api.problem import from_http, problem
@@ -17,9 +18,12 @@ from gpud.api.schemas import uptime_s
 from gpud.desk import OrderDesk
 from gpud.errors import Code, GpudError
 from gpud.guest.console import ConsoleLogs
-from gpud.model import Instance
+from gpud.inventory import Card, Inventory
+from gpud.model import Instance, PciAddress
 from gpud.offers import as_number
 from gpud.store import Store
+
+_log = structlog.get_logger()
 
 _FOLLOW_EVERY_S = 0.5
 _ENDED_SHOWN = 20
@@ -32,11 +36,13 @@ class Admin:
         self,
         store: Store,
         desk: OrderDesk,
+        inventory: Inventory,
         consoles: ConsoleLogs,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._desk = desk
+        self._inventory = inventory
         self._consoles = consoles
         self._clock = clock
 
@@ -48,6 +54,10 @@ class Admin:
                 web.get("/instances", self.instances),
                 web.get("/instances/{id}/console", self.console),
                 web.get("/offers", self.offers),
+                web.get("/gpus", self.gpus),
+                web.post("/gpus/{address}/quarantine", self.quarantine),
+                web.post("/gpus/{address}/release", self.release),
+                web.post("/gpus/{address}/confirm", self.confirm),
             ]
         )
         return app
@@ -63,6 +73,32 @@ class Admin:
     async def offers(self, _: web.Request) -> web.Response:
         """Every offering, also those with nothing available."""
         return web.json_response({"offerings": [one.as_json() for one in self._desk.offerings()]})
+
+    async def gpus(self, _: web.Request) -> web.Response:
+        """Every card, whether it can be sold or why not."""
+        cards = self._inventory.cards
+        return web.json_response({"gpus": [card.as_json() for card in cards]})
+
+    async def quarantine(self, request: web.Request) -> web.Response:
+        """Sell a card no more, for the reason given; an instance that has it keeps it."""
+        card = self._card(request)
+        reason = str((await request.json()).get("reason") or "by the operator")
+        await self._store.quarantine(card.address, reason)
+        return await self._changed(card.address, "quarantined by the operator", reason=reason)
+
+    async def release(self, request: web.Request) -> web.Response:
+        """End a card's quarantine."""
+        card = self._card(request)
+        if not await self._store.release(card.address):
+            raise GpudError(Code.GPU_NOT_FOUND, f"GPU {card.address} is not quarantined")
+        return await self._changed(card.address, "released from quarantine")
+
+    async def confirm(self, request: web.Request) -> web.Response:
+        """Take the card that is at an address now for the right one."""
+        address = _address(request)
+        if not await self._inventory.confirm(address):
+            raise _no_gpu(address)
+        return await self._changed(address, "confirmed by the operator")
 
     async def console(self, request: web.Request) -> web.StreamResponse:
         """What is kept of a guest's console; with ``?follow=1`` also what comes, until it ends."""
@@ -86,6 +122,19 @@ class Admin:
         await response.write_eof()
         return response
 
+    def _card(self, request: web.Request) -> Card:
+        address = _address(request)
+        card = self._inventory.card(address)
+        if card is None:
+            raise _no_gpu(address)
+        return card
+
+    async def _changed(self, address: PciAddress, event: str, **context: str) -> web.Response:
+        _log.warning(event, gpu=str(address), **context)
+        await self._inventory.refresh()
+        card = self._inventory.card(address)
+        return web.json_response({"gpu": card.as_json() if card is not None else None})
+
     def _instance(self, instance: Instance) -> dict[str, Any]:
         grant = instance.grant
         return {
@@ -107,6 +156,21 @@ class Admin:
             "restarts": instance.restarts,
             "failure": instance.failure,
         }
+
+
+def _address(request: web.Request) -> PciAddress:
+    text = request.match_info["address"]
+    try:
+        # People leave out the PCI domain, which is 0000 on nearly every server.
+        return PciAddress.parse(text if text.count(":") > 1 else f"0000:{text}")
+    except ValueError as error:
+        raise GpudError(Code.INVALID_REQUEST, str(error)) from error
+
+
+def _no_gpu(address: PciAddress) -> GpudError:
+    return GpudError(
+        Code.GPU_NOT_FOUND, f"there is no GPU at {address}", hint="`gpud gpus` lists them"
+    )
 
 
 def _added(before: bytes, now: bytes) -> bytes:

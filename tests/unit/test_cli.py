@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -73,7 +74,10 @@ class Daemon:
             running_service(config, self._images, Clock()) as self.service,
             AsyncExitStack() as stack,
         ):
-            door = Admin(self.service.store, self.service.desk, self.consoles, self.service.clock)
+            service = self.service
+            door = Admin(
+                service.store, service.desk, service.inventory, self.consoles, service.clock
+            )
             await listeners.admin(stack, config.admin_socket_path, door.build_app())
             self._ready.set()
             await self._stop.wait()
@@ -185,6 +189,28 @@ def test_offers(gpud: Callable[..., Result], daemon: Daemon) -> None:
     assert shown[1].split() == ["h100_sxm", "1", "on_demand", "4", "16", "100", "3.49", "Low", "1"]
     assert "sold out" in shown[3]
     assert len(json.loads(gpud("offers", "--json").output)) == 4
+
+
+def test_gpus_and_what_an_operator_does_to_one(gpud: Callable[..., Result], daemon: Daemon) -> None:
+    assert daemon.service.config.gpus.stand_ins
+    first = gpud("gpus").output.splitlines()[1]
+    assert first.startswith("ffffffff:00:00.0")
+    assert "available" in first
+    shown = gpud("gpus", "quarantine", "ffffffff:00:00.0", "--reason", "fans [rattle]").output
+    assert "fans [rattle]" in shown
+    assert json.loads(gpud("gpus", "--json").output)[0]["state"] == "quarantined"
+    assert "available" in gpud("gpus", "release", "ffffffff:00:00.0").output
+    refused = gpud("gpus", "confirm", "0000:41:00.0")
+    assert (refused.exit_code, "no GPU at 0000:41:00.0" in refused.output) == (1, True)
+
+
+@pytest.mark.real_command(Path(sys.executable).name)
+def test_this_server_is_recorded_as_data_for_a_test(
+    gpud: Callable[..., Result], tmp_path: Path
+) -> None:
+    result = gpud("dev", "capture-host", str(tmp_path / "here"))
+    assert str(tmp_path / "here/host.yaml") in result.output.split()
+    assert yaml.safe_load((tmp_path / "here/host.yaml").read_text())["nodes"] is not None
 
 
 def test_a_console(gpud: Callable[..., Result], daemon: Daemon) -> None:

@@ -14,6 +14,7 @@ from aiohttp.test_utils import TestServer
 from gpud.api import admin
 from gpud.api.admin import Admin
 from gpud.guest.console import ConsoleLogs
+from gpud.model import KnownCard, PciAddress
 from tests.unit.service import Service, make_ended, make_failed, make_running, order
 
 
@@ -24,7 +25,8 @@ def consoles(tmp_path: Path) -> ConsoleLogs:
 
 @pytest.fixture
 async def door(service: Service, consoles: ConsoleLogs, clock: Any) -> AsyncIterator[TestServer]:
-    server = TestServer(Admin(service.store, service.desk, consoles, clock).build_app())
+    side_door = Admin(service.store, service.desk, service.inventory, consoles, clock)
+    server = TestServer(side_door.build_app())
     await server.start_server(access_log=None)
     yield server
     await server.close()
@@ -37,6 +39,10 @@ class Operator:
 
     async def get(self, path: str) -> Any:
         async with self.session.get(self.door.make_url(path)) as response:
+            return await response.json(content_type=None)
+
+    async def post(self, path: str, **body: str) -> Any:
+        async with self.session.post(self.door.make_url(path), json=body) as response:
             return await response.json(content_type=None)
 
 
@@ -180,3 +186,48 @@ async def test_a_console_is_followed_from_its_first_byte_to_the_end(
 )
 def test_only_what_is_new_is_added(before: bytes, now: bytes, added: bytes) -> None:
     assert admin._added(before, now) == added
+
+
+STAND_IN = "ffffffff:00:00.0"
+
+
+async def test_gpus_are_shown_with_who_has_them(service: Service, operator: Operator) -> None:
+    upstream_id = await new_instance(service)
+    first, second = (await operator.get("/gpus"))["gpus"]
+    assert (first["address"], first["state"], first["holder"]) == (
+        STAND_IN, "in_use", upstream_id,
+    )  # fmt: skip
+    assert (second["state"], second["holder"]) == ("available", None)
+
+
+async def test_a_quarantined_gpu_is_not_sold_until_it_is_released(
+    service: Service, operator: Operator
+) -> None:
+    path = f"/gpus/{STAND_IN}"
+    answer = await operator.post(f"{path}/quarantine", reason="fans rattle")
+    assert answer["gpu"]["state"] == "quarantined"
+    assert "fans rattle" in answer["gpu"]["summary"]
+    assert [one.available_count for one in service.desk.offerings()] == [1, 1, 0, 0]
+    assert (await operator.post(f"{path}/release"))["gpu"]["state"] == "available"
+    assert (await operator.post(f"{path}/release"))["code"] == "gpu_not_found"
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("/gpus/0000:99:00.0/quarantine", "gpu_not_found"),
+        ("/gpus/99:00.0/confirm", "gpu_not_found"),
+        ("/gpus/third/release", "invalid_request"),
+    ],
+)
+async def test_acts_on_no_gpu_are_refused(operator: Operator, path: str, code: str) -> None:
+    assert (await operator.post(path))["code"] == code
+
+
+async def test_a_swapped_card_is_taken_for_the_right_one_when_confirmed(
+    service: Service, operator: Operator
+) -> None:
+    address = PciAddress(0, 0x99, 0, 0)
+    await service.store.remember_card(KnownCard(address, "10de:2330 10de:16c1"))
+    assert (await operator.post(f"/gpus/{address}/confirm")) == {"gpu": None}
+    assert service.store.known_cards == {}
