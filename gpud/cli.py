@@ -106,6 +106,8 @@ def gpus(ctx: click.Context, config_file: Path, *, as_json: bool) -> None:
     if ctx.invoked_subcommand is None:
         answer = adminclient.get(_socket(config_file), "/gpus")
         tables.show(answer["gpus"], tables.GPUS, "this server has no GPU", as_json=as_json)
+        if not as_json:
+            tables.show_why_not(answer["gpus"])
 
 
 @gpus.command("quarantine")

@@ -97,6 +97,8 @@ def _problem(detail: ErrorDetails) -> Problem:
 def _dotted(location: tuple[int | str, ...]) -> str:
     text = ""
     for part in location:
+        if part == "[key]":  # pydantic's way to say that the last part itself is wrong
+            continue
         text += f"[{part}]" if isinstance(part, int) else f".{part}"
     return text.lstrip(".") or "(top level)"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
@@ -38,9 +39,15 @@ def _absolute(path: Path) -> Path:
     return path
 
 
+def _pci_ids(ids: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{4}:[0-9a-f]{4}", ids.lower()):
+        raise ValueError("not vendor:device, such as 10de:2330 (lspci -n shows them)")
+    return ids.lower()
+
+
 GpuTypeName = Annotated[str, AfterValidator(_known_gpu_type)]
 HttpsUrl = Annotated[str, AfterValidator(_private_or_https)]
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
-PciIds = Annotated[str, Field(pattern=r"^[0-9a-f]{4}:[0-9a-f]{4}$")]
+PciIds = Annotated[str, AfterValidator(_pci_ids)]

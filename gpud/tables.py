@@ -92,6 +92,17 @@ def show(rows: Sequence[Row], columns: Sequence[Column], empty: str, *, as_json:
     console.print(table)
 
 
+def show_why_not(cards: Sequence[Row]) -> None:
+    """Print everything that speaks against selling cards, with its mend, each once."""
+    of_cards: dict[str, list[str]] = {}
+    for card in cards:
+        for reason in card["why_not"]:
+            of_cards.setdefault(reason, []).append(card["address"])
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
+    for reason, addresses in of_cards.items():
+        console.print(Text(f"\n{', '.join(addresses)}\n  {reason}"))
+
+
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar on standard error; yields what takes (bytes done, bytes in all)."""

@@ -199,6 +199,7 @@ def test_gpus_and_what_an_operator_does_to_one(gpud: Callable[..., Result], daem
     shown = gpud("gpus", "quarantine", "ffffffff:00:00.0", "--reason", "fans [rattle]").output
     assert "fans [rattle]" in shown
     assert json.loads(gpud("gpus", "--json").output)[0]["state"] == "quarantined"
+    assert "after a look at it: gpud gpus release ffffffff:00:00.0" in gpud("gpus").output
     assert "available" in gpud("gpus", "release", "ffffffff:00:00.0").output
     refused = gpud("gpus", "confirm", "0000:41:00.0")
     assert (refused.exit_code, "no GPU at 0000:41:00.0" in refused.output) == (1, True)

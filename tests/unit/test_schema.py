@@ -11,13 +11,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpud import schema
-from gpud.model import Gpu, GuestInput, Instance, PciAddress, Status, Step, Tier
+from gpud.model import (
+    Gpu,
+    GuestInput,
+    Instance,
+    KnownCard,
+    NumaNode,
+    PciAddress,
+    Status,
+    Step,
+    Tier,
+)
 from gpud.schema import (
     COLUMNS,
     MIGRATIONS,
     from_row,
     guest_input_from,
     guest_input_row,
+    known_card_from,
+    known_card_row,
     migrate,
     to_row,
 )
@@ -25,26 +37,33 @@ from tests.unit.fakes.orders import grant
 
 TIMES = st.floats(min_value=0, max_value=1e11)
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
+ADDRESSES = st.builds(
+    PciAddress,
+    st.sampled_from([0, 0x10000, 0xFFFFFFFF]),
+    st.integers(0, 255),
+    st.integers(0, 31),
+    st.integers(0, 7),
+)
 GPUS = st.builds(
     Gpu,
-    st.builds(
-        PciAddress,
-        st.sampled_from([0, 0x10000, 0xFFFFFFFF]),
-        st.integers(0, 255),
-        st.integers(0, 31),
-        st.integers(0, 7),
-    ),
+    ADDRESSES,
     st.just("h100_sxm"),
     st.booleans(),
+    st.lists(ADDRESSES, max_size=4).map(tuple),
+    st.none() | st.integers(0, 7),
+    TEXTS,
+    TEXTS,
 )
+NODES = st.builds(NumaNode, st.integers(0, 7), st.integers(0, 256), st.integers(0, 2**30))
 GRANTS = st.builds(
-    lambda gpus, address, cost, region: replace(
-        grant(), gpus=tuple(gpus), address=address, cost_per_hour=cost, region=region
+    lambda gpus, address, cost, region, nodes: replace(
+        grant(), gpus=tuple(gpus), address=address, cost_per_hour=cost, region=region, nodes=nodes
     ),
     st.lists(GPUS, max_size=8, unique=True),
     st.none() | st.ip_addresses(v=4),
     st.decimals(min_value=0, max_value=10**6, places=6),
     TEXTS,
+    st.lists(NODES, max_size=3).map(tuple),
 )
 INSTANCES = st.builds(
     Instance,
@@ -67,6 +86,7 @@ INSTANCES = st.builds(
     script_exit_code=st.none() | st.integers(0, 255),
     restarts=st.integers(0, 1000),
     last_start_at=st.none() | TIMES,
+    former_drivers=st.dictionaries(ADDRESSES, TEXTS, max_size=4),
 )
 
 
@@ -129,6 +149,35 @@ def test_an_instance_comes_back_as_it_was(
     row = to_row(instance)
     connection.execute(f"INSERT INTO instance ({', '.join(COLUMNS)}) VALUES ({names})", row)  # noqa: S608
     assert from_row(connection.execute("SELECT * FROM instance").fetchone()) == instance
+
+
+def test_an_instance_from_before_real_cards_is_read(connection: sqlite3.Connection) -> None:
+    connection.execute("DELETE FROM instance")
+    sold = Instance(
+        "i-" + "0" * 16, "x", "", Tier.SPOT, grant(), Status.RUNNING, Step.RUNNING, 0, 0
+    )
+    row = {**to_row(sold), "gpus": '[["0000:01:00.0", true]]'}
+    del row["nodes"], row["former_drivers"]
+    names = ", ".join(f":{name}" for name in row)
+    connection.execute(f"INSERT INTO instance ({', '.join(row)}) VALUES ({names})", row)  # noqa: S608
+    found = from_row(connection.execute("SELECT * FROM instance").fetchone())
+    assert found == replace(sold, grant=replace(sold.grant, nodes=()))
+
+
+@given(
+    card=st.builds(
+        KnownCard, ADDRESSES, TEXTS, st.none() | TEXTS, st.none() | TEXTS, st.none() | TEXTS,
+        st.none() | st.integers(0, 2**40), st.lists(ADDRESSES, max_size=3).map(tuple), st.booleans(),
+    )
+)  # fmt: skip
+def test_what_is_known_of_a_card_comes_back_as_it_was(
+    connection: sqlite3.Connection, card: KnownCard
+) -> None:
+    connection.execute("DELETE FROM known_card")
+    places = ", ".join("?" * len(known_card_row(card)))
+    connection.execute(f"INSERT INTO known_card VALUES ({places})", known_card_row(card))  # noqa: S608
+    row = connection.execute("SELECT * FROM known_card").fetchone()
+    assert known_card_from(row) == card
 
 
 def test_prices_and_addresses_are_stored_as_text_without_loss(

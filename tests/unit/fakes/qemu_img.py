@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
+from gpud import command
 from gpud.command import Completed
 from gpud.errors import Code, GpudError
 
+_REAL_RUN = command.run
 _HEADER = struct.Struct(">4sIQIIQI")
 
 
@@ -23,7 +26,7 @@ def base_image(virtual_size_bytes: int = 2**20) -> bytes:
 
 
 class QemuImg:
-    """Takes the place of :func:`gpud.command.run`.
+    """Takes the place of :func:`gpud.command.run`; other programs are run for real.
 
     Attributes:
         faults: Errors of the next calls that make an overlay.
@@ -32,8 +35,10 @@ class QemuImg:
     def __init__(self) -> None:
         self.faults: list[GpudError] = []
 
-    async def run(self, program: str, verb: str, *arguments: str | Path, **_: object) -> Completed:
-        assert program == "qemu-img"
+    async def run(self, program: str, *rest: str | Path, **options: Any) -> Completed:
+        if program != "qemu-img":
+            return await _REAL_RUN(program, *rest, **options)
+        verb, *arguments = rest
         if verb == "create":
             return self._create(arguments)
         if verb == "info":
@@ -41,7 +46,7 @@ class QemuImg:
         assert verb == "check"
         return Completed("", "", 0)
 
-    def _create(self, arguments: tuple[str | Path, ...]) -> Completed:
+    def _create(self, arguments: list[str | Path]) -> Completed:
         if self.faults:
             raise self.faults.pop(0)
         backing = arguments[arguments.index("-b") + 1]

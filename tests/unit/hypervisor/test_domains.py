@@ -12,6 +12,7 @@ from gpud.errors import Code, GpudError
 from gpud.hypervisor import domains
 from gpud.hypervisor.domains import DomainState
 from gpud.hypervisor.domainxml import DomainSpec, Identity, UserNetwork, render
+from gpud.model import PciAddress
 
 UUID_1 = UUID("0d6a7c4e-58f0-5d1c-9a51-3c1f3c1f3c1f")
 
@@ -179,6 +180,28 @@ def test_guest_that_cannot_be_looked_at_is_not_taken_for_gone(
     error = raiser(libvirt_error("cannot acquire lock", libvirt.VIR_ERR_OPERATION_TIMEOUT))
     with pytest.raises(libvirt.libvirtError, match="acquire lock"):
         domains.find(lookup_giving(plain_connection, faulty, **{method: error}), UUID_1)
+
+
+def test_who_has_which_device_of_the_host_is_listed(
+    plain_connection: libvirt.virConnect, faulty: Faulty, libvirt_error: MakeError
+) -> None:
+    source = "<source><address domain='0x0000' bus='0x41' slot='0x00' function='0x1'/></source>"
+    device = f"<hostdev mode='subsystem' type='pci' managed='no'>{source}</hostdev>"
+    xml = FOREIGN.replace("</domain>", f"<devices>{device}</devices></domain>")
+    plain_connection.createXML(xml, 0)
+    assert domains.passed(plain_connection)[PciAddress(0, 0x41, 0, 1)] == "pet"
+
+    def listing(error: Exception) -> libvirt.virConnect:
+        pet = plain_connection.lookupByName("pet")
+        one = faulty(pet, XMLDesc=raiser(error))
+        return faulty(plain_connection, listAllDomains=lambda _flags: [one])
+
+    ended = libvirt_error("Domain not found", libvirt.VIR_ERR_NO_DOMAIN)
+    assert domains.passed(listing(ended)) == {}
+    with pytest.raises(libvirt.libvirtError, match="acquire lock"):
+        domains.passed(
+            listing(libvirt_error("cannot acquire lock", libvirt.VIR_ERR_OPERATION_TIMEOUT))
+        )
 
 
 def test_state_unknown_to_us_is_called_so(

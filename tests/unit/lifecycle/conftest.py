@@ -12,8 +12,10 @@ import structlog
 
 from gpud import command
 from gpud.guest.image import ImageStore
+from gpud.host.nvml import Nvml
 from gpud.hypervisor import connection
 from gpud.lifecycle import guests, worker
+from tests.fake_nvml import library
 from tests.unit.fakes.kernel import FakeKernel
 from tests.unit.fakes.libvirt_daemon import LibvirtDaemon
 from tests.unit.fakes.orders import Clock, quick_directory
@@ -86,6 +88,11 @@ async def image(state_dir: Path, qemu_img: QemuImg) -> str:  # noqa: ARG001 - ha
     return added.digest
 
 
+@pytest.fixture(scope="session")
+def nvml_library() -> Path:
+    return library.build()
+
+
 @pytest.fixture
 def kernel(state_dir: Path) -> FakeKernel:
     return make_server(state_dir / "host")
@@ -108,9 +115,10 @@ async def start_gpud(
         around: Callable[[StepsMapping], StepsMapping] = lambda it: it,
         *,
         server: FakeKernel = kernel,
+        nvml: Nvml | None = None,
         **options: object,
     ) -> Gpud:
-        gpud = Gpud(make_config(state_dir, **options), server, clock, monotonic)  # type: ignore[arg-type]
+        gpud = Gpud(make_config(state_dir, **options), server, clock, monotonic, nvml)  # type: ignore[arg-type]
         lives.append(gpud)
         return await asyncio.wait_for(gpud.start(around), 5)
 

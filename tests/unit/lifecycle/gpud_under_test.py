@@ -27,6 +27,7 @@ from gpud.guest.console import ConsoleLogs
 from gpud.guest.image import ImageStore
 from gpud.host import iommu, pci
 from gpud.host.capacity import Capacity
+from gpud.host.nvml import Nvml
 from gpud.host.vfio import Handover
 from gpud.hypervisor.libvirtd import Hypervisor
 from gpud.inventory import Inventory
@@ -121,7 +122,15 @@ def make_config(
 class Gpud:
     """One life of the daemon, from :meth:`start` to :meth:`stop` or :meth:`kill`."""
 
-    def __init__(self, config: Config, kernel: FakeKernel, clock: Clock, monotonic: Clock) -> None:
+    def __init__(
+        self,
+        config: Config,
+        kernel: FakeKernel,
+        clock: Clock,
+        monotonic: Clock,
+        nvml: Nvml | None = None,
+    ) -> None:
+        self._nvml = nvml
         self.config = config
         self.kernel = kernel
         self._clock = clock
@@ -151,7 +160,7 @@ class Gpud:
             config,
             lambda: Capacity((NumaNode(0, 64, 65536),), 1000),
             lambda: pci.read(self.kernel.sysfs.root),
-            None,
+            self._nvml,
             self.store,
             read_iommu=lambda: iommu.facts(self.kernel.sysfs.root, self.kernel.proc),
         )
@@ -160,7 +169,7 @@ class Gpud:
             self.kernel.sysfs, self.kernel.proc, sleep=self.kernel.sleep, clock=self.kernel.clock
         )
         self.cards = CardSteps(
-            config, self.store, self.inventory, self.kernel.sysfs, handover, None
+            config, self.store, self.inventory, self.kernel.sysfs, handover, self._nvml
         )
         self.steps = Steps(
             config,

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import errno
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from gpud.host.nvml import Nvml
 from gpud.inventory import CardState
+from gpud.lifecycle.outcome import Hop
 from gpud.model import Instance, PciAddress, Status, Step
 from tests.unit.fakes.kernel import FakeKernel
 from tests.unit.fakes.libvirt_daemon import LibvirtDaemon
-from tests.unit.fakes.orders import until
+from tests.unit.fakes.orders import gpu, until
 from tests.unit.lifecycle.conftest import StartGpud
 from tests.unit.lifecycle.gpud_under_test import Gpud, Hold, drivers, make_server
 
@@ -167,6 +171,26 @@ async def test_a_card_pulled_from_a_running_guest_ends_the_instance_as_an_error(
     assert await sellable(gpud) == [OTHER]
 
 
+async def test_a_card_pulled_from_a_booting_guest_fails_the_order(
+    gpud: Gpud, kernel: FakeKernel, libvirtd: LibvirtDaemon
+) -> None:
+    libvirtd.on_start = lambda _guest: None
+    instance = await gpud.reach(await gpud.order(), Step.AWAIT_READY)
+    kernel.pull(GPU)
+    assert str(GPU) in await why_it_failed(gpud, instance)
+
+
+async def test_an_operators_quarantine_keeps_a_card_from_the_next_instance_only(gpud: Gpud) -> None:
+    instance = await gpud.running()
+    await gpud.store.quarantine(GPU, "fans rattle")
+    await gpud.store.quarantine(GPU, "said twice")
+    await gpud.inventory.refresh()
+    assert (await gpud.reach(instance, Step.RUNNING)).status is Status.RUNNING
+    await gpud.deleted(instance)
+    assert quarantines(gpud) == {GPU: "fans rattle"}
+    assert await sellable(gpud) == [OTHER]
+
+
 async def test_a_card_pulled_while_it_is_cleaned_is_quarantined(
     start_gpud: StartGpud, kernel: FakeKernel
 ) -> None:
@@ -183,6 +207,59 @@ async def test_a_card_pulled_while_it_is_cleaned_is_quarantined(
     assert (await gpud.ended(instance)).status is Status.TERMINATED
     assert "gone from the bus" in quarantines(gpud)[GPU]
     assert await sellable(gpud) == [OTHER]
+
+
+NVML_OF = """
+card {0}
+    ids 10de:2330
+    subsystem 10de:16c1
+    name NVIDIA H100 80GB HBM3
+    uuid GPU-00000000-0000-4000-8000-0000000000{0.bus:02x}
+    memory_mib 81559
+    memory_used_mib {1}
+    {2}
+"""
+IDLE = ("0", "persistence 1")
+
+
+@pytest.mark.real_command(Path(sys.executable).name)
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        (("0", "ecc_uncorrected 3 3"), "3 uncorrected memory errors"),
+        (("70000", "persistence 1"), "70000 MiB of its memory are still in use"),
+        (("70000", "compute 1"), "used by process 1"),
+        (IDLE, None),
+    ],
+)
+async def test_what_nvml_tells_of_a_card_after_a_guest_decides_whether_it_is_sold(
+    start_gpud: StartGpud,
+    nvml_library: Path,
+    tmp_path: Path,
+    told: tuple[str, str],
+    why: str | None,
+) -> None:
+    text = tmp_path / "nvml.txt"
+    text.write_text("".join(NVML_OF.format(gpu, *IDLE) for gpu in (GPU, OTHER)))
+    env = {"LD_LIBRARY_PATH": str(nvml_library), "FAKE_NVML": str(text)}
+    gpud = await start_gpud(nvml=Nvml(env=env))
+    assert await sellable(gpud) == [GPU, OTHER]
+    instance = await gpud.running()
+    text.write_text(NVML_OF.format(GPU, *told) + NVML_OF.format(OTHER, *IDLE))
+    await gpud.deleted(instance)
+    assert quarantines(gpud).get(GPU, "") == "" if why is None else why in quarantines(gpud)[GPU]
+    assert OTHER not in quarantines(gpud)
+
+
+async def test_a_stand_in_is_handed_over_by_nobody(gpud: Gpud, kernel: FakeKernel) -> None:
+    await gpud.worker.close()
+    instance = await gpud.order()
+    bare = replace(instance, grant=replace(instance.grant, gpus=(gpu(1),)))
+    for step in (Step.CHECK_GPUS, Step.BIND_GPUS, Step.CLEAN_GPUS, Step.RETURN_GPUS):
+        outcome = await gpud.steps.functions()[step](bare)
+        assert isinstance(outcome, Hop)
+        assert not outcome.changes
+    assert kernel.writes == []
 
 
 async def test_after_a_reboot_of_the_server_the_guest_has_the_same_cards(
