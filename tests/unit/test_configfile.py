@@ -162,9 +162,8 @@ network: {mode: bridge, last_address: 10.77.0.1}
         ("libvirt: {uri: nonsense}", "libvirt.uri", "pattern"),
         ("libvirt: {domain_type: xen}", "libvirt.domain_type", "'auto', 'kvm' or 'qemu'"),
         ("guest: {login_user: 'Root!'}", "guest.login_user", "pattern"),
-        ("offers: [{gpu_type: l40s, per_gpu: {cpu_cores: 1, memory_gib: 1.5, storage_gib: 1},"
-         " price_per_gpu_hour: {spot: 1}}]\nguest: {hugepages: 1G}", "guest", "do not add up to"),
-        ("gpus: {pci_ids: {2330: l40s}}", "gpus.pci_ids.2330", "string"),
+        (("offers: [{gpu_type: l40s, per_gpu: {cpu_cores: 1, memory_gib: 1.5, storage_gib: 1},"
+         " price_per_gpu_hour: {spot: 1}}]\nguest: {hugepages: 1G}"), "guest", "do not add up to"),
         ("gpus: {pci_ids: {'2330': l40s}}", "gpus.pci_ids.2330", "such as 10de:2330"),
         ("guest: {max_restarts: yes}", "guest.max_restarts", "integer"),
         ("log: {level: loud}", "log.level", "'debug'"),
