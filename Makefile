@@ -14,7 +14,7 @@ endif
 IMAGE := $(CACHE)/guest-$(shell sha256sum tests/guest/build.sh | cut -c1-12).qcow2
 export GPUD_TEST_IMAGE := $(IMAGE)
 
-.PHONY: help setup demo test lint unit machine measure-boot clean
+.PHONY: help setup demo test lint unit machine lab measure-boot clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
@@ -44,13 +44,16 @@ lint: $(VENV)/.ready ## linters, types, layering
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	shellcheck tests/setup.sh tests/guest/build.sh .ci/run cloud-init/*.sh
+	shellcheck tests/setup.sh tests/guest/build.sh tests/lab/*.sh .ci/run cloud-init/*.sh
 
 unit: $(VENV)/.ready ## unit tests, with coverage
 	$(BIN)/pytest tests/unit --numprocesses 2 --cov --cov-report=term --cov-fail-under=95
 
 machine: setup ## tests on real libvirt and QEMU
 	$(BIN)/pytest tests/machine -v --timeout=900 --numprocesses 2
+
+lab: setup ## a GPU server in a box: real IOMMU, VFIO, systemd, reboots; a quarter of an hour
+	$(BIN)/pytest tests/lab -v --timeout=1500
 
 measure-boot: setup ## order to startup script, against a plain runcmd seed; a quarter of an hour
 	@$(BIN)/python -m tests.machine.measure_boot

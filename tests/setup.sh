@@ -9,7 +9,9 @@ packages=(
   # the hypervisor
   qemu-system-x86 qemu-utils ovmf libvirt-daemon-system libvirt-clients dnsmasq-base iptables
   # the guest image
-  mmdebstrap debian-archive-keyring fakeroot uidmap grub-efi-amd64-bin grub-common mtools dosfstools fdisk e2fsprogs
+  mmdebstrap debian-archive-keyring fakeroot uidmap grub-efi-amd64-bin grub-pc-bin grub-common mtools dosfstools fdisk e2fsprogs
+  # the lab's small guest
+  cpio
   # the far end of the guest's tunnel, and what the tests look with
   openssh-server openssh-client xorriso shellcheck git ca-certificates
 )

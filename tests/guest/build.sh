@@ -10,12 +10,13 @@ SUITE=bookworm
 LABEL=gpud-guest        # root file system label: GRUB, the kernel and fstab find the disk by it
 DISK_MIB=3072           # sparse; tests grow it with a larger overlay
 ESP_MIB=64
+GRUB_SECTOR=34          # the first behind the partition table
 
 # What the host needs: command -> Debian/Ubuntu package.
 declare -A HOST=(
   [mmdebstrap]=mmdebstrap [grub-mkimage]=grub-common [mformat]=mtools
   [sfdisk]=fdisk [mke2fs]=e2fsprogs [qemu-img]=qemu-utils
-  [/usr/lib/grub/x86_64-efi/linux.mod]=grub-efi-amd64-bin
+  [/usr/lib/grub/x86_64-efi/linux.mod]=grub-efi-amd64-bin [/usr/lib/grub/i386-pc/boot.img]=grub-pc-bin
   [/usr/share/keyrings/debian-archive-keyring.gpg]=debian-archive-keyring
 )
 # An ordinary user also needs stand-ins for what only root may do.
@@ -28,7 +29,7 @@ GUEST=(linux-image-cloud-amd64 initramfs-tools zstd systemd-sysv udev dbus cloud
 usage() {
   cat <<USAGE
 usage: ${0##*/} [--help] [--packages] OUT.qcow2
-  Builds a Debian $SUITE guest (UEFI, cloud-init, serial console) and puts it at OUT.qcow2.
+  Builds a Debian $SUITE guest (UEFI and BIOS, cloud-init, serial console) and puts it at OUT.qcow2.
   --packages  print the host packages this script needs, and exit
   TMPDIR      where scratch goes (about 2 GiB); without it, /var/tmp
 USAGE
@@ -131,6 +132,16 @@ grub-mkimage -O x86_64-efi -c "$work/grub.cfg" -p /boot/grub -o "$work/BOOTX64.E
 mformat -i "$disk@@1M" -T $((ESP_MIB * 2048)) -h 64 -s 32 -v ESP ::
 mmd -i "$disk@@1M" ::/EFI ::/EFI/BOOT
 mcopy -i "$disk@@1M" "$work/BOOTX64.EFI" ::/EFI/BOOT/
+# For BIOS the same in the gap before the first partition. The first sector of each part of GRUB says where
+# the next part lies, as a little-endian number.
+grub-mkimage -O i386-pc -c "$work/grub.cfg" -p /boot/grub -o "$work/core.img" \
+  biosdisk part_gpt ext2 search search_label linux boot
+put() { dd of="$disk" bs="$1" seek="$2" conv=notrunc status=none; }
+sector() { printf '%b' "$(printf '\\x%02x' $(($1 & 255)) $(($1 >> 8)))"; }
+head -c 440 /usr/lib/grub/i386-pc/boot.img | put 1 0
+put 512 $GRUB_SECTOR <"$work/core.img"
+sector $GRUB_SECTOR | put 1 $((0x5c))
+sector $((GRUB_SECTOR + 1)) | put 1 $((GRUB_SECTOR * 512 + 0x1f4))
 
 step 5 'qcow2'
 qemu-img convert -O qcow2 "$disk" "$part"
