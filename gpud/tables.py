@@ -58,6 +58,7 @@ GPUS: Sequence[Column] = (
     ("ADDRESS", lambda row: row["address"]),
     ("GPU", lambda row: row["name"] or row["gpu_type"] or row["ids"]),
     ("TYPE", lambda row: row["gpu_type"] or "-"),
+    ("VRAM", lambda row: f"{row['vram_mib'] / 1024:.0f} GiB" if row["vram_mib"] else "-"),
     ("NUMA", lambda row: _or_dash(row["numa_node"])),
     ("GROUP", lambda row: _or_dash(row["iommu_group"])),
     ("DRIVER", lambda row: row["driver"] or "-"),
