@@ -23,13 +23,15 @@ from gpud.desk import OrderDesk
 from gpud.errors import Code, GpudError
 from gpud.guest.console import ConsoleLogs
 from gpud.guest.image import ImageStore
-from gpud.host import capacity, pci
+from gpud.host import capacity, livebus
+from gpud.host.boot import boot_id
 from gpud.host.nvml import Nvml
 from gpud.host.sysfs import Sysfs
 from gpud.host.vfio import Handover
 from gpud.hypervisor.libvirtd import Hypervisor
 from gpud.inventory import Inventory
 from gpud.lifecycle.cards import CardSteps
+from gpud.lifecycle.cleaning import Cleaner
 from gpud.lifecycle.guests import GuestWatch
 from gpud.lifecycle.reconcile import Reconciler
 from gpud.lifecycle.steps import Steps
@@ -90,8 +92,20 @@ async def running(config: Config) -> AsyncIterator[None]:
             capacity.measure, config.state_dir, hugepage_kib=config.guest.hugepage_kib
         )
         domains: dict[PciAddress, str] = {}
-        inventory = Inventory(config, measure, pci.read, nvml, store, domains=lambda: domains)
-        await inventory.refresh()
+        handover = Handover(sysfs)
+        inventory = Inventory(
+            config,
+            measure,
+            partial(livebus.read, sysfs),
+            nvml,
+            store,
+            domains=lambda: domains,
+            handover=handover,
+        )
+        try:
+            await inventory.refresh()
+        except (GpudError, OSError) as error:
+            _log.error("the host cannot be read; nothing is sold until it can", error=str(error))
         hypervisor = Hypervisor(
             config.libvirt.uri,
             call_timeout_s=config.libvirt.call_timeout_s,
@@ -99,7 +113,8 @@ async def running(config: Config) -> AsyncIterator[None]:
         )
         consoles = ConsoleLogs(config.state_dir / "console", config.guest.console_log_kib * 1024)
         guests = GuestWatch(hypervisor, store, consoles, metrics)
-        cards = CardSteps(config, store, inventory, sysfs, Handover(sysfs), nvml)
+        cleaner = Cleaner(store, sysfs, handover, nvml, hypervisor, boot_id())
+        cards = CardSteps(config, store, inventory, sysfs, handover, cleaner)
         steps = Steps(config, store, images, hypervisor, guests, cards, metrics)
         worker = Worker(store, steps.functions(), config.deadlines, metrics)
         reconciler = Reconciler(config, store, hypervisor, consoles, metrics)
@@ -125,7 +140,7 @@ async def running(config: Config) -> AsyncIterator[None]:
         if config.metrics.enabled:
             update = partial(_update_gauges, metrics, store, inventory, hypervisor)
             await listeners.metrics(stack, config.metrics, metrics, update)
-        admin = Admin(store, desk, inventory, consoles)
+        admin = Admin(store, desk, inventory, cleaner.release, consoles)
         await listeners.admin(stack, config.admin_socket_path, admin.build_app())
         routes = Routes(desk, store, config.network, metrics)
         app = build_app(config.server, routes, authenticator, metrics)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TypeVar
 
-from gpud.model import KnownCard, PciAddress, Quarantine
-from gpud.schema import known_card_from, known_card_row
+from gpud.model import Instance, KnownCard, PciAddress, Quarantine
+from gpud.schema import drivers_json, known_card_from, known_card_row, quarantine_from
 
 T = TypeVar("T")
 
@@ -22,6 +22,7 @@ class CardRecord:
         self._cards_changed = False
         self._known_cards: Mapping[PciAddress, KnownCard] = {}
         self._quarantines: Mapping[PciAddress, Quarantine] = {}
+        self._resets_begun: Mapping[PciAddress, str] = {}
 
     @property
     def known_cards(self) -> Mapping[PciAddress, KnownCard]:
@@ -33,6 +34,11 @@ class CardRecord:
         """The cards that must not be sold, by address; as of the last commit."""
         return MappingProxyType(self._quarantines)
 
+    @property
+    def resets_begun(self) -> Mapping[PciAddress, str]:
+        """Cards whose reset was begun and not seen to end, each with the boot it was begun in."""
+        return MappingProxyType(self._resets_begun)
+
     async def remember_card(self, card: KnownCard) -> None:
         """Record what was learned of a card."""
         await self._change(lambda: self._remember_card(card))
@@ -42,12 +48,22 @@ class CardRecord:
         return await self._change(lambda: self._delete("known_card", address))
 
     async def quarantine(self, address: PciAddress, reason: str) -> None:
-        """Sell the card no more. The first reason stays until :meth:`release`."""
-        await self._change(lambda: self._quarantine(address, reason))
+        """Sell the card no more, because the operator says so."""
+        await self._change(
+            lambda: self._quarantine(Quarantine(address, 0, reason, by_operator=True))
+        )
 
     async def release(self, address: PciAddress) -> bool:
         """End a card's quarantine; False when there was none."""
         return await self._change(lambda: self._delete("quarantine", address))
+
+    async def begin_reset(self, address: PciAddress, boot_id: str) -> None:
+        """Write down that a card is about to be reset: it may take the server down with it."""
+        await self._change(lambda: self._begin_reset(address, boot_id))
+
+    async def end_reset(self, address: PciAddress) -> None:
+        """Write down that a reset has come to its end, good or bad."""
+        await self._change(lambda: self._delete("reset_begun", address))
 
     async def _change(self, work: Callable[[], T]) -> T:
         raise NotImplementedError
@@ -59,9 +75,34 @@ class CardRecord:
         self._connection.execute(query, known_card_row(card))
         self._cards_changed = True
 
-    def _quarantine(self, address: PciAddress, reason: str) -> None:
-        query = "INSERT OR IGNORE INTO quarantine VALUES (?, ?, ?)"
-        self._connection.execute(query, (str(address), self._clock(), reason))
+    def _quarantine_cards_of(self, instance: Instance, reasons: Mapping[PciAddress, str]) -> None:
+        for gpu in instance.grant.gpus:
+            if gpu.address in reasons:
+                former = {
+                    function: driver
+                    for function, driver in instance.former_drivers.items()
+                    if function in gpu.functions
+                }
+                self._quarantine(
+                    Quarantine(gpu.address, 0, reasons[gpu.address], former_drivers=former)
+                )
+
+    def _quarantine(self, new: Quarantine) -> None:
+        """Add to what is said of a card already; what gpud found outweighs what the operator said."""
+        query = (
+            "INSERT INTO quarantine VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT DO UPDATE SET"
+            " reason = reason || iif(instr(reason, ?3), '', '; ' || ?3),"
+            " by_operator = by_operator AND ?4,"
+            " former_drivers = iif(?5 = '{}', former_drivers, ?5)"
+        )
+        drivers = drivers_json(new.former_drivers)
+        row = (str(new.address), self._clock(), new.reason, int(new.by_operator), drivers)
+        self._connection.execute(query, row)
+        self._cards_changed = True
+
+    def _begin_reset(self, address: PciAddress, boot_id: str) -> None:
+        query = "INSERT OR REPLACE INTO reset_begun VALUES (?, ?)"
+        self._connection.execute(query, (str(address), boot_id))
         self._cards_changed = True
 
     def _delete(self, table: str, address: PciAddress) -> bool:
@@ -70,11 +111,11 @@ class CardRecord:
         return self._connection.execute(query, (str(address),)).rowcount > 0
 
     def _load_cards(self) -> None:
-        found = map(known_card_from, self._connection.execute("SELECT * FROM known_card"))
-        self._known_cards = {card.address: card for card in found}
-        self._quarantines = {
-            address: Quarantine(address, row["since"], row["reason"])
-            for row in self._connection.execute("SELECT * FROM quarantine")
-            for address in [PciAddress.parse(row["gpu"])]
-        }
+        rows = self._connection.execute
+        known = map(known_card_from, rows("SELECT * FROM known_card"))
+        self._known_cards = {card.address: card for card in known}
+        quarantines = map(quarantine_from, rows("SELECT * FROM quarantine"))
+        self._quarantines = {one.address: one for one in quarantines}
+        begun = rows("SELECT gpu, boot_id FROM reset_begun")
+        self._resets_begun = {PciAddress.parse(row["gpu"]): row["boot_id"] for row in begun}
         self._cards_changed = False

@@ -134,11 +134,15 @@ class Quarantine:
     Attributes:
         since: Seconds since the epoch.
         reason: Why, in plain words.
+        by_operator: Nothing is known to be wrong with it: after a guest it is cleaned like any.
+        former_drivers: The drivers that its functions go back to on release, where a guest had it.
     """
 
     address: PciAddress
     since: float
     reason: str
+    by_operator: bool = False
+    former_drivers: Mapping[PciAddress, str] = field(default_factory=dict)
 
 
 class Tier(StrEnum):
@@ -351,6 +355,7 @@ class Instance:
         last_start_at: When the domain was last started.
         former_drivers: The driver that each PCI function of its GPUs had before gpud took it, written
             down before the first act on any of them; an empty name for a function without one.
+        drivers_noted_in: The boot of the server in which that was written down.
     """
 
     upstream_id: str
@@ -373,6 +378,7 @@ class Instance:
     restarts: int = 0
     last_start_at: float | None = None
     former_drivers: Mapping[PciAddress, str] = field(default_factory=dict)
+    drivers_noted_in: str | None = None
 
     @property
     def domain_name(self) -> str:

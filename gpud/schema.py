@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Mapping
 from decimal import Decimal
 from ipaddress import IPv4Address
 from typing import Any, Final
@@ -19,6 +20,7 @@ from gpud.model import (
     KnownCard,
     NumaNode,
     PciAddress,
+    Quarantine,
     Shape,
     Status,
     Step,
@@ -95,6 +97,7 @@ MIGRATIONS: Final = (
     """
     ALTER TABLE instance ADD COLUMN nodes TEXT NOT NULL DEFAULT '[]';
     ALTER TABLE instance ADD COLUMN former_drivers TEXT NOT NULL DEFAULT '{}';
+    ALTER TABLE instance ADD COLUMN drivers_noted_in TEXT;
 
     -- What was last learned of the card at an address; a card that differs is not sold.
     CREATE TABLE known_card (
@@ -108,10 +111,19 @@ MIGRATIONS: Final = (
         nvswitch     INTEGER NOT NULL
     ) STRICT, WITHOUT ROWID;
 
+    -- former_drivers: what its functions are to go back to when it is released.
     CREATE TABLE quarantine (
-        gpu    TEXT PRIMARY KEY,
-        since  REAL NOT NULL,
-        reason TEXT NOT NULL
+        gpu            TEXT PRIMARY KEY,
+        since          REAL NOT NULL,
+        reason         TEXT NOT NULL,
+        by_operator    INTEGER NOT NULL,
+        former_drivers TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID;
+
+    -- Resets under way, each with the boot it was begun in: a reset may take the whole server down.
+    CREATE TABLE reset_begun (
+        gpu     TEXT PRIMARY KEY,
+        boot_id TEXT NOT NULL
     ) STRICT, WITHOUT ROWID;
     """,
 )
@@ -121,7 +133,7 @@ COLUMNS: Final = (
     "memory_mib", "storage_gib", "gpus", "address", "image_digest", "cost_per_hour", "region",
     "datacenter_location", "status", "step", "step_since", "created_at", "running_at", "ended_at",
     "delete_requested_at", "failure", "boot_id", "guest_boots", "boots_at_start",
-    "script_exit_code", "restarts", "last_start_at", "nodes", "former_drivers",
+    "script_exit_code", "restarts", "last_start_at", "drivers_noted_in", "nodes", "former_drivers",
 )  # fmt: skip
 
 _PLAIN: Final = COLUMNS[COLUMNS.index("step_since") : COLUMNS.index("nodes")]
@@ -165,10 +177,19 @@ def to_row(instance: Instance) -> dict[str, Any]:
         "step": instance.step.value,
         **{name: getattr(instance, name) for name in _PLAIN},
         "nodes": json.dumps([[n.number, n.cpu_cores, n.memory_mib] for n in grant.nodes]),
-        "former_drivers": json.dumps(
-            {str(function): driver for function, driver in instance.former_drivers.items()}
-        ),
+        "former_drivers": drivers_json(instance.former_drivers),
     }
+
+
+def drivers_json(drivers: Mapping[PciAddress, str]) -> str:
+    """Drivers by PCI function, as text."""
+    return json.dumps({str(function): driver for function, driver in drivers.items()})
+
+
+def drivers_from(text: str) -> dict[PciAddress, str]:
+    """What :func:`drivers_json` wrote."""
+    found = json.loads(text).items()
+    return {PciAddress.parse(function): driver for function, driver in found}
 
 
 def _gpu_json(gpu: Gpu) -> dict[str, Any]:
@@ -206,10 +227,6 @@ def from_row(row: sqlite3.Row) -> Instance:
         storage_gib=row["storage_gib"],
     )
     gpus = tuple(_gpu_from_json(shape.gpu_type, found) for found in json.loads(row["gpus"]))
-    former_drivers = {
-        PciAddress.parse(function): driver
-        for function, driver in json.loads(row["former_drivers"]).items()
-    }
     return Instance(
         upstream_id=row["upstream_id"],
         instance_id=row["instance_id"],
@@ -227,7 +244,7 @@ def from_row(row: sqlite3.Row) -> Instance:
         ),
         status=Status(row["status"]),
         step=Step(row["step"]),
-        former_drivers=former_drivers,
+        former_drivers=drivers_from(row["former_drivers"]),
         **{name: row[name] for name in _PLAIN},
     )
 
@@ -252,6 +269,17 @@ def known_card_from(row: sqlite3.Row) -> KnownCard:
         vram_mib=row["vram_mib"],
         nvlink_peers=tuple(PciAddress.parse(one) for one in json.loads(row["nvlink_peers"])),
         nvswitch=bool(row["nvswitch"]),
+    )
+
+
+def quarantine_from(row: sqlite3.Row) -> Quarantine:
+    """The quarantine of a ``quarantine`` row."""
+    return Quarantine(
+        address=PciAddress.parse(row["gpu"]),
+        since=row["since"],
+        reason=row["reason"],
+        by_operator=bool(row["by_operator"]),
+        former_drivers=drivers_from(row["former_drivers"]),
     )
 
 

@@ -204,8 +204,7 @@ class Store(CardRecord):
         """
 
         def work() -> Instance:
-            for address, reason in quarantine.items():
-                self._quarantine(address, reason)
+            self._quarantine_cards_of(instance, quarantine)
             return self._move(instance, step, why, changes)
 
         return await self._change(work)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import structlog
@@ -23,6 +24,9 @@ from gpud.model import Instance, PciAddress
 from gpud.offers import as_number
 from gpud.store import Store
 
+Release = Callable[[PciAddress], Awaitable[bool]]
+"""Ends a card's quarantine; False when there is none."""
+
 _log = structlog.get_logger()
 
 _FOLLOW_EVERY_S = 0.5
@@ -37,12 +41,14 @@ class Admin:
         store: Store,
         desk: OrderDesk,
         inventory: Inventory,
+        release: Release,
         consoles: ConsoleLogs,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._desk = desk
         self._inventory = inventory
+        self._release = release
         self._consoles = consoles
         self._clock = clock
 
@@ -82,16 +88,19 @@ class Admin:
     async def quarantine(self, request: web.Request) -> web.Response:
         """Sell a card no more, for the reason given; an instance that has it keeps it."""
         card = self._card(request)
-        reason = str((await request.json()).get("reason") or "by the operator")
+        body = await request.json()
+        reason = str(body.get("reason") or "") if isinstance(body, dict) else ""
+        if not reason:
+            raise GpudError(Code.INVALID_REQUEST, 'a quarantine needs a reason: {"reason": "…"}')
         await self._store.quarantine(card.address, reason)
         return await self._changed(card.address, "quarantined by the operator", reason=reason)
 
     async def release(self, request: web.Request) -> web.Response:
-        """End a card's quarantine."""
-        card = self._card(request)
-        if not await self._store.release(card.address):
-            raise GpudError(Code.GPU_NOT_FOUND, f"GPU {card.address} is not quarantined")
-        return await self._changed(card.address, "released from quarantine")
+        """End a card's quarantine; one that a guest had is cleaned first, which may take minutes."""
+        address = _address(request)
+        if not await self._release(address):
+            raise GpudError(Code.GPU_NOT_FOUND, f"GPU {address} is not quarantined")
+        return await self._changed(address, "released from quarantine")
 
     async def confirm(self, request: web.Request) -> web.Response:
         """Take the card that is at an address now for the right one."""
@@ -131,7 +140,10 @@ class Admin:
 
     async def _changed(self, address: PciAddress, event: str, **context: str) -> web.Response:
         _log.warning(event, gpu=str(address), **context)
-        await self._inventory.refresh()
+        with suppress(
+            GpudError, OSError
+        ):  # what was asked for is done; the host is read again soon
+            await self._inventory.refresh()
         card = self._inventory.card(address)
         return web.json_response({"gpu": card.as_json() if card is not None else None})
 

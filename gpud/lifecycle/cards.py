@@ -1,44 +1,30 @@
 """The steps that hand an instance's cards over and take them back, and what they mean for its domain.
 
-A card is given back clean or it is quarantined. Either way the steps go on, so that one bad card never
-keeps the others of its instance from being sold again.
+A card comes to a guest reset, and comes back from it reset, or it is quarantined. Either way the steps
+go on, so that one bad card never keeps the others of its instance from being sold again.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Final
-
-import structlog
 
 from gpud.config import Config
 from gpud.errors import Code, GpudError
 from gpud.host import capacity, pci
-from gpud.host.blockers import VFIO_PCI
-from gpud.host.nvml import Nvml, NvmlGpu
 from gpud.host.pci import PciTree
 from gpud.host.sysfs import Sysfs
 from gpud.host.vfio import Handover
 from gpud.hypervisor.domainxml import DomainSpec, PassedCard
 from gpud.hypervisor.passthroughxml import mmio_window_mib, start_timeout_s
 from gpud.inventory import Inventory
+from gpud.lifecycle.cleaning import Cleaner, Drivers
 from gpud.lifecycle.outcome import Fail, Hop, Outcome
-from gpud.model import Grant, Instance, PciAddress, Step
+from gpud.model import Gpu, Grant, Instance, PciAddress, Step
 from gpud.store import Store
 
-_log = structlog.get_logger()
-
-NVIDIA: Final = "nvidia"
-"""The driver through which NVML sees a card."""
-
-_IDLE_MEMORY_MIB: Final = 64
-"""What a driver may keep of an idle card's memory for itself; more is somebody's."""
-
-Drivers = Mapping[PciAddress, str]
-Act = Callable[[Drivers], Awaitable[None]]
+Act = Callable[[Gpu, Drivers], Awaitable[None]]
 
 
 class CardSteps:
@@ -51,68 +37,75 @@ class CardSteps:
         inventory: Inventory,
         sysfs: Sysfs,
         handover: Handover,
-        nvml: Nvml | None,
+        cleaner: Cleaner,
     ) -> None:
-        self._sysfs = sysfs
         self._config = config
         self._store = store
         self._inventory = inventory
+        self._sysfs = sysfs
         self._handover = handover
-        self._nvml = nvml
+        self._cleaner = cleaner
 
     async def check_gpus(self, instance: Instance) -> Outcome:
         """See that every function may be taken, and write down which driver has it now."""
         functions = functions_of(instance.grant)
         if not functions:
             return Hop(Step.BIND_GPUS)
+        if lost := await self.lost(instance, fresh=True):
+            return lost
         await self._inventory.refresh()
         if faults := self._faults(instance):
             raise GpudError(Code.GPU_UNUSABLE, "; ".join(faults))
-        used_by = {gpu.address: gpu.processes for gpu in await self._ask_nvml()}
-        await self._handover.check(functions, used_by)
-        # After a restart of the guest the first note stays: it tells the drivers they came with.
-        former = instance.former_drivers or self._handover.former_drivers(functions)
-        return Hop(Step.BIND_GPUS, changes={"former_drivers": former})
+        for function, domain in (await self._elsewhere(instance)).items():
+            raise GpudError(Code.GPU_BUSY, f"{function} is in use by domain {domain}")
+        told = await self._cleaner.ask_nvml()
+        used_by = {gpu.address: gpu.processes for gpu in told}
+        persistence_off = [gpu.address for gpu in told if gpu.persistence is False]
+        await self._handover.check(functions, used_by, persistence_off)
+        # When a guest is started again in the same boot, they are on vfio-pci: the first note stays.
+        if instance.drivers_noted_in == self._cleaner.boot_id:
+            return Hop(Step.BIND_GPUS)
+        former = self._handover.former_drivers(functions)
+        changes = {"former_drivers": former, "drivers_noted_in": self._cleaner.boot_id}
+        return Hop(Step.BIND_GPUS, changes=changes)
 
     async def bind_gpus(self, instance: Instance) -> Outcome:
-        """Take every function from its driver and give it to vfio-pci."""
-        if functions := functions_of(instance.grant):
-            async with self._nvml_closed():
-                await self._handover.bind(functions)
-        return Hop(Step.START_DOMAIN)
+        """Take every function from its driver; before the guest's first start they are reset, too."""
+        # A guest that has run gets its own cards back, with what it left in them.
+        first_time = instance.running_at is None
+        faults = await self._each(instance, self._clean if first_time else self._take)
+        if not faults:
+            return Hop(Step.START_DOMAIN)
+        why = "; ".join(f"GPU {address}: {fault}" for address, fault in faults.items())
+        if not first_time:
+            raise GpudError(Code.GPU_UNUSABLE, why)
+        return Fail("its GPUs could not be handed over", why, faults)
 
     async def clean_gpus(self, instance: Instance) -> Outcome:
         """Reset what the guest had, and see that it is alive and the same."""
-        return Hop(Step.RETURN_GPUS, quarantine=await self._each(instance, self._clean))
+        faults = await self._each(instance, self._clean)
+        return Hop(Step.RETURN_GPUS, quarantine=faults)
 
     async def return_gpus(self, instance: Instance) -> Outcome:
         """Give the cards back to the drivers they came with; the commit after this frees all claims."""
-        if not instance.former_drivers:
-            return Hop(Step.ENDED)
-        async with self._nvml_closed():
-            faults = await self._each(instance, self._handover.give_back)
-        if NVIDIA in instance.former_drivers.values():
-            sick = {gpu.address: "; ".join(_sickness(gpu)) for gpu in await self._ask_nvml()}
-            ours = {gpu.address for gpu in instance.grant.gpus}
-            faults = {at: why for at, why in sick.items() if why and at in ours} | faults
-        return Hop(Step.ENDED, quarantine=faults)
+        faults = await self._each(instance, self._give_back)
+        well = [gpu.address for gpu in self._clean_gpus_of(instance) if gpu.address not in faults]
+        sick = await self._cleaner.sick(instance.former_drivers, well)
+        return Hop(Step.ENDED, quarantine=faults | sick)
 
-    async def lost(self, instance: Instance) -> Fail | None:
-        """Whether a card of a running instance is gone: the guest cannot be helped then."""
+    async def lost(self, instance: Instance, *, fresh: bool = False) -> Fail | None:
+        """Whether a card of the instance is gone from the bus: its guest cannot be helped then."""
         functions = functions_of(instance.grant)
-        gone = await self._inventory.lost(functions) if functions else []
+        gone = await self._inventory.lost(functions, fresh=fresh) if functions else []
         if not gone:
             return None
-        return Fail(
-            "one of its GPUs fell off the bus", f"gone from the bus: {', '.join(map(str, gone))}"
-        )
+        return Fail("one of its GPUs fell off the bus", f"gone: {', '.join(map(str, gone))}")
 
     async def placed(self, spec: DomainSpec, instance: Instance) -> DomainSpec:
         """Add to a domain the instance's cards, and where on the host it is to run."""
         grant = instance.grant
-        functions = functions_of(grant)
         tree = await asyncio.to_thread(pci.read, self._sysfs.root)
-        bars = {one: _window_bars(tree, one) for one in functions}
+        bars = {function: _window_bars(tree, function) for function in functions_of(grant)}
         several_nodes = len(self._inventory.host.nodes) > 1
         nodes = grant.nodes if several_nodes else ()
         memory_from = sorted(node.number for node in nodes if node.memory_mib)
@@ -129,42 +122,59 @@ class CardSteps:
         )
 
     async def _each(self, instance: Instance, act: Act) -> dict[PciAddress, str]:
-        """Do something with every card that was taken and is not quarantined; returns what failed."""
-        faults = {}
-        for gpu in instance.grant.gpus:
-            former = {
-                function: instance.former_drivers[function]
-                for function in gpu.functions
-                if function in instance.former_drivers
-            }
-            if not former or gpu.address in self._store.quarantines:
-                continue
-            try:
-                await act(former)
-            except GpudError as error:
-                faults[gpu.address] = error.detail
+        """Do something with every card that was noted and has no fault, side by side.
+
+        A card that another domain has got hold of is not touched; that is its fault.
+        """
+        elsewhere = await self._elsewhere(instance) if instance.former_drivers else {}
+        faults = {
+            gpu.address: f"{function} is in use by domain {elsewhere[function]}"
+            for gpu in self._clean_gpus_of(instance)
+            for function in gpu.functions
+            if function in elsewhere
+        }
+        gpus = [gpu for gpu in self._clean_gpus_of(instance) if gpu.address not in faults]
+        acts = [act(gpu, _former(instance, gpu)) for gpu in gpus]
+        results = await asyncio.gather(*acts, return_exceptions=True)
+        for gpu, result in zip(gpus, results, strict=True):
+            if isinstance(result, GpudError):
+                faults[gpu.address] = result.detail
+            elif isinstance(result, BaseException):
+                raise result
         return faults
 
-    async def _clean(self, former: Drivers) -> None:
-        now = self._handover.former_drivers(former)
-        taken = [function for function, driver in now.items() if driver == VFIO_PCI]
-        before = await asyncio.to_thread(pci.read, self._sysfs.root)
-        methods = await self._handover.reset(taken)
-        await self._handover.verify(taken, before)
-        named = {str(function): method for function, method in methods.items()}
-        _log.info("GPU reset", functions=named)
+    async def _elsewhere(self, instance: Instance) -> dict[PciAddress, str]:
+        return await self._cleaner.elsewhere(functions_of(instance.grant), instance.domain_name)
 
-    async def _ask_nvml(self) -> Sequence[NvmlGpu]:
-        return () if self._nvml is None else (await self._nvml.report()).gpus
+    def _clean_gpus_of(self, instance: Instance) -> list[Gpu]:
+        """The cards that were noted, less those in which gpud itself found a fault."""
+        return [
+            gpu
+            for gpu in instance.grant.gpus
+            if _former(instance, gpu) and not self._found_bad(gpu.address)
+        ]
 
-    def _nvml_closed(self) -> AbstractAsyncContextManager[None]:
-        return nullcontext() if self._nvml is None else self._nvml.closed()
+    def _found_bad(self, address: PciAddress) -> bool:
+        quarantine = self._store.quarantines.get(address)
+        return quarantine is not None and not quarantine.by_operator
+
+    async def _take(self, _gpu: Gpu, former: Drivers) -> None:
+        await self._cleaner.take(former)
+
+    async def _clean(self, gpu: Gpu, former: Drivers) -> None:
+        await self._cleaner.clean(gpu.address, former)
+
+    async def _give_back(self, _gpu: Gpu, former: Drivers) -> None:
+        await self._cleaner.give_back(former)
 
     def _faults(self, instance: Instance) -> list[str]:
         faults = []
         for gpu in instance.grant.gpus:
             card = self._inventory.card(gpu.address)
-            told = ("it is not on the bus",) if card is None else card.faults
+            if card is None:
+                told: tuple[str, ...] = ("it is not on the bus",)
+            else:
+                told = card.why_not if instance.running_at is None else card.faults
             faults += [f"GPU {gpu.address}: {fault}" for fault in told]
         return faults
 
@@ -180,13 +190,10 @@ def start_time_limit_s(base_s: float, grant: Grant) -> float:
     return start_timeout_s(base_s, grant.shape.memory_mib, cards)
 
 
-def _sickness(gpu: NvmlGpu) -> list[str]:
-    """What an idle card must not show."""
-    found = list(gpu.unhealthy)
-    found += [f"used by process {process.pid} ({process.name})" for process in gpu.processes]
-    if not gpu.processes and (gpu.memory_used_mib or 0) > _IDLE_MEMORY_MIB:
-        found.append(f"{gpu.memory_used_mib} MiB of its memory are still in use")
-    return found
+def _former(instance: Instance, gpu: Gpu) -> dict[PciAddress, str]:
+    """The drivers that were noted of a card's functions."""
+    noted = instance.former_drivers
+    return {function: noted[function] for function in gpu.functions if function in noted}
 
 
 def _window_bars(tree: PciTree, address: PciAddress) -> list[int]:

@@ -40,10 +40,12 @@ class Fail:
     Attributes:
         message: What the caller is told: no path, no secret.
         why: For the event log, where there is more to say to the operator.
+        quarantine: As in :class:`Hop`.
     """
 
     message: str
     why: str = ""
+    quarantine: Mapping[PciAddress, str] = field(default_factory=dict)
 
 
 Outcome = Hop | Nap | Fail

@@ -85,6 +85,8 @@ class Steps:
 
     async def start_domain(self, instance: Instance) -> Outcome:
         """Start the virtual machine."""
+        if lost := await self._cards.lost(instance, fresh=True):
+            return lost
         spec = await self._domain_spec(instance)
         limit_s = start_time_limit_s(self._config.libvirt.call_timeout_s, instance.grant)
         await self._hypervisor.start(instance.domain_uuid, render(spec), limit_s)
@@ -96,18 +98,19 @@ class Steps:
         self._guests.attach(instance)
         if instance.guest_boots > instance.boots_at_start:
             return self._now_running(instance)
-        if lost := await self._cards.lost(instance):
+        there = await self._hypervisor.find(instance.domain_uuid) is not None
+        if lost := await self._cards.lost(instance, fresh=not there):
             return lost
-        if await self._hypervisor.find(instance.domain_uuid) is None:
-            return self._start_again(instance)
-        return Nap(_READY_NAP_S)
+        return Nap(_READY_NAP_S) if there else self._start_again(instance)
 
     async def running(self, instance: Instance) -> Outcome:
         """See that the guest is still there; a guest that ended by itself is started again."""
         self._guests.attach(instance)
-        if lost := await self._cards.lost(instance):
+        there = await self._hypervisor.find(instance.domain_uuid) is not None
+        # A guest may have ended because its card was pulled out a moment ago.
+        if lost := await self._cards.lost(instance, fresh=not there):
             return lost
-        if await self._hypervisor.find(instance.domain_uuid) is not None:
+        if there:
             return Nap(_RUNNING_NAP_S)
         powered_off = self._guests.powered_off(instance)
         if powered_off and self._config.guest.on_poweroff == "terminate":

@@ -154,7 +154,9 @@ class Worker:
         if isinstance(outcome, Fail):
             changes = {"status": Status.ERROR, "failure": outcome.message}
             _log.error("order failed", step=instance.step.value, reason=outcome.message)
-            outcome = Hop(FIRST_RELEASE_STEP, outcome.why or outcome.message, changes)
+            outcome = Hop(
+                FIRST_RELEASE_STEP, outcome.why or outcome.message, changes, outcome.quarantine
+            )
         moved = await self._store.move(
             instance,
             outcome.step,

@@ -90,6 +90,10 @@ def config_from(state_dir: Path, **changes: Any) -> Config:
     return Config.model_validate(settings, strict=False)
 
 
+async def _no_pci() -> PciTree:
+    return PciTree({})
+
+
 @asynccontextmanager
 async def running_service(
     config: Config,
@@ -99,7 +103,7 @@ async def running_service(
 ) -> AsyncIterator[Service]:
     """The parts behind the API, over a state file of their own."""
     store = await Store.open(config.state_dir, clock)
-    inventory = Inventory(config, measure, lambda: PciTree({}), None, store)
+    inventory = Inventory(config, measure, _no_pci, None, store)
     await inventory.refresh()
     metrics = Metrics()
     hypervisor = Hypervisor()

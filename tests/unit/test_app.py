@@ -19,6 +19,8 @@ from gpud.dev.issuer import Issuer, running_issuer
 from gpud.errors import Code, GpudError
 from tests.machine.processes import free_port
 
+pytestmark = pytest.mark.real_command("head")  # which asks the PCI functions of the machine
+
 CONFIG = """
 state_dir: {state_dir}
 server: {{listen: 127.0.0.1, port: {port}}}

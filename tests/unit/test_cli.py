@@ -76,7 +76,12 @@ class Daemon:
         ):
             service = self.service
             door = Admin(
-                service.store, service.desk, service.inventory, self.consoles, service.clock
+                service.store,
+                service.desk,
+                service.inventory,
+                service.store.release,
+                self.consoles,
+                service.clock,
             )
             await listeners.admin(stack, config.admin_socket_path, door.build_app())
             self._ready.set()

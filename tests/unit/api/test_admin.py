@@ -25,7 +25,9 @@ def consoles(tmp_path: Path) -> ConsoleLogs:
 
 @pytest.fixture
 async def door(service: Service, consoles: ConsoleLogs, clock: Any) -> AsyncIterator[TestServer]:
-    side_door = Admin(service.store, service.desk, service.inventory, consoles, clock)
+    side_door = Admin(
+        service.store, service.desk, service.inventory, service.store.release, consoles, clock
+    )
     server = TestServer(side_door.build_app())
     await server.start_server(access_log=None)
     yield server

@@ -14,6 +14,7 @@ from gpud import command
 from gpud.guest.image import ImageStore
 from gpud.host.nvml import Nvml
 from gpud.hypervisor import connection
+from gpud.inventory import bus
 from gpud.lifecycle import guests, worker
 from tests.fake_nvml import library
 from tests.unit.fakes.kernel import FakeKernel
@@ -63,6 +64,7 @@ def qemu_img(monkeypatch: pytest.MonkeyPatch) -> QemuImg:
 
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bus, "_FRESH_S", -1)
     monkeypatch.setattr(worker, "_FIRST_RETRY_S", 0.001)
     monkeypatch.setattr(worker, "_LAST_RETRY_S", 0.002)
     monkeypatch.setattr(guests, "_PAUSE_S", 0)

@@ -25,13 +25,14 @@ from gpud.config import (
 )
 from gpud.guest.console import ConsoleLogs
 from gpud.guest.image import ImageStore
-from gpud.host import iommu, pci
+from gpud.host import iommu, livebus
 from gpud.host.capacity import Capacity
 from gpud.host.nvml import Nvml
 from gpud.host.vfio import Handover
 from gpud.hypervisor.libvirtd import Hypervisor
 from gpud.inventory import Inventory
 from gpud.lifecycle.cards import CardSteps
+from gpud.lifecycle.cleaning import Cleaner
 from gpud.lifecycle.guests import GuestWatch
 from gpud.lifecycle.outcome import StepFunction
 from gpud.lifecycle.reconcile import Reconciler
@@ -156,20 +157,30 @@ class Gpud:
         self.guests = GuestWatch(
             self.hypervisor, self.store, self.consoles, self.metrics, self._monotonic
         )
-        self.inventory = Inventory(
-            config,
-            lambda: Capacity((NumaNode(0, 64, 65536),), 1000),
-            lambda: pci.read(self.kernel.sysfs.root),
-            self._nvml,
-            self.store,
-            read_iommu=lambda: iommu.facts(self.kernel.sysfs.root, self.kernel.proc),
-        )
-        await self.inventory.refresh()
         handover = Handover(
             self.kernel.sysfs, self.kernel.proc, sleep=self.kernel.sleep, clock=self.kernel.clock
         )
+        self.inventory = Inventory(
+            config,
+            lambda: Capacity((NumaNode(0, 64, 65536),), 1000),
+            lambda: livebus.read(self.kernel.sysfs),
+            self._nvml,
+            self.store,
+            read_iommu=lambda: iommu.facts(self.kernel.sysfs.root, self.kernel.proc),
+            clock=self._monotonic,
+            handover=handover,
+        )
+        await self.inventory.refresh()
+        self.cleaner = Cleaner(
+            self.store,
+            self.kernel.sysfs,
+            handover,
+            self._nvml,
+            self.hypervisor,
+            str(self.kernel.root),  # another tree is another boot
+        )
         self.cards = CardSteps(
-            config, self.store, self.inventory, self.kernel.sysfs, handover, self._nvml
+            config, self.store, self.inventory, self.kernel.sysfs, handover, self.cleaner
         )
         self.steps = Steps(
             config,

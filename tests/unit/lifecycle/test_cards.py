@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import sys
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from gpud.errors import GpudError
 from gpud.host.nvml import Nvml
 from gpud.inventory import CardState
+from gpud.lifecycle import cleaning
 from gpud.lifecycle.outcome import Hop
 from gpud.model import Instance, PciAddress, Status, Step
 from tests.unit.fakes.kernel import FakeKernel
-from tests.unit.fakes.libvirt_daemon import LibvirtDaemon
+from tests.unit.fakes.libvirt_daemon import Guest, LibvirtDaemon
 from tests.unit.fakes.orders import gpu, until
 from tests.unit.lifecycle.conftest import StartGpud
 from tests.unit.lifecycle.gpud_under_test import Gpud, Hold, drivers, make_server
 
 GPU, AUDIO = PciAddress(0, 1, 0, 0), PciAddress(0, 1, 0, 1)
 OTHER = PciAddress(0, 2, 0, 0)
+Write = Callable[[Path, str, float], Awaitable[None]]
 AS_FOUND = {("nvidia", ""), ("snd_hda_intel", "")}
 
 
@@ -50,7 +55,8 @@ async def test_a_guest_has_the_card_with_its_companion_and_gives_them_back_reset
     assert card is not None
     assert card.state is CardState.IN_USE
     await gpud.deleted(instance)
-    assert kernel.resets == [(GPU, "flr")]  # no bus reset with a companion on the bus
+    # Before its guest and after it; by function, since a companion shares the bus.
+    assert kernel.resets == [(GPU, "flr")] * 2
     assert set(drivers(kernel).values()) == AS_FOUND
     assert await sellable(gpud) == [GPU, OTHER]
 
@@ -78,7 +84,7 @@ async def test_a_card_on_vfio_pci_since_boot_stays_there(
     assert await sellable(gpud) == [third]
     await gpud.deleted(await gpud.running())
     assert kernel.driver(third) == "vfio-pci"
-    assert kernel.resets == [(third, "bus")]
+    assert kernel.resets == [(third, "bus")] * 2
     assert await sellable(gpud) == [third]
 
 
@@ -125,8 +131,16 @@ async def test_a_reset_that_fails_quarantines_the_card_and_no_other(
     await gpud.stop()
     gpud = await start_gpud()
     assert await sellable(gpud) == [OTHER]
-    await gpud.store.release(GPU)
-    assert GPU in {one.address for one in gpud.inventory.host.gpus}
+    with pytest.raises(GpudError):
+        await gpud.cleaner.release(GPU)
+    assert await sellable(gpud) == [OTHER]
+    kernel.release(f"devices/{GPU}/reset")
+    resets = len(kernel.resets)
+    assert await gpud.cleaner.release(GPU)
+    assert len(kernel.resets) > resets
+    assert set(drivers(kernel).values()) == AS_FOUND
+    assert await sellable(gpud) == [GPU, OTHER]
+    assert not await gpud.cleaner.release(GPU)
 
 
 async def test_a_card_that_does_not_come_back_alive_is_quarantined(
@@ -148,22 +162,33 @@ async def test_a_driver_that_does_not_take_its_card_back_quarantines_it(
     assert "nvidia did not take" in quarantines(gpud)[GPU]
 
 
-async def test_a_bind_that_fails_ends_the_order_and_gives_back_what_was_taken(
+async def test_a_bind_that_fails_ends_the_order_and_quarantines_the_card(
     gpud: Gpud, kernel: FakeKernel
 ) -> None:
     kernel.refuse(GPU, "vfio-pci")
     instance = await gpud.order()
     assert "vfio-pci did not take" in await why_it_failed(gpud, instance)
-    assert set(drivers(kernel).values()) == AS_FOUND
-    assert quarantines(gpud) == {}
+    assert "vfio-pci did not take" in quarantines(gpud)[GPU]
+    assert (await gpud.order("next")).grant.gpus[0].address == OTHER
+
+
+async def test_a_guest_started_again_gets_its_cards_without_a_reset_and_waits_for_them(
+    gpud: Gpud, kernel: FakeKernel, libvirtd: LibvirtDaemon
+) -> None:
+    instance = await gpud.running()
+    resets = list(kernel.resets)
+    libvirtd.guests[instance.domain_uuid].powers_off()
+    await until(lambda: libvirtd.calls.count("createXML") == 2)
+    assert kernel.resets == resets
 
 
 async def test_a_card_pulled_from_a_running_guest_ends_the_instance_as_an_error(
-    gpud: Gpud, kernel: FakeKernel
+    gpud: Gpud, kernel: FakeKernel, libvirtd: LibvirtDaemon
 ) -> None:
     instance, other = await gpud.running("a"), await gpud.running("b")
-    kernel.fall_off(GPU)
-    kernel.fall_off(AUDIO)
+    kernel.pull(GPU)
+    kernel.pull(AUDIO)
+    libvirtd.guests[instance.domain_uuid].powers_off()
     assert str(GPU) in await why_it_failed(gpud, instance)
     assert GPU in quarantines(gpud)
     assert gpud.store.live[other.upstream_id].status is Status.RUNNING
@@ -180,15 +205,138 @@ async def test_a_card_pulled_from_a_booting_guest_fails_the_order(
     assert str(GPU) in await why_it_failed(gpud, instance)
 
 
-async def test_an_operators_quarantine_keeps_a_card_from_the_next_instance_only(gpud: Gpud) -> None:
+async def test_an_operators_quarantine_keeps_a_card_from_the_next_instance_only(
+    gpud: Gpud, kernel: FakeKernel
+) -> None:
     instance = await gpud.running()
     await gpud.store.quarantine(GPU, "fans rattle")
-    await gpud.store.quarantine(GPU, "said twice")
+    await gpud.store.quarantine(GPU, "fans rattle")
     await gpud.inventory.refresh()
     assert (await gpud.reach(instance, Step.RUNNING)).status is Status.RUNNING
     await gpud.deleted(instance)
     assert quarantines(gpud) == {GPU: "fans rattle"}
     assert await sellable(gpud) == [OTHER]
+    assert kernel.resets == [(GPU, "flr")] * 2
+    assert kernel.driver(GPU) == "nvidia"
+    assert await gpud.cleaner.release(GPU)
+    assert await sellable(gpud) == [GPU, OTHER]
+
+
+async def test_a_card_that_an_instance_has_is_not_released(gpud: Gpud) -> None:
+    instance = await gpud.running()
+    await gpud.store.quarantine(GPU, "fans rattle")
+    with pytest.raises(GpudError, match=instance.upstream_id):
+        await gpud.cleaner.release(GPU)
+    assert GPU in quarantines(gpud)
+
+
+async def test_a_card_quarantined_after_admission_is_not_handed_over(
+    start_gpud: StartGpud, kernel: FakeKernel
+) -> None:
+    hold = Hold(Step.CHECK_GPUS, after=False)
+    gpud = await start_gpud(hold)
+    instance = await gpud.order()
+    await hold.reached.wait()
+    await gpud.store.quarantine(GPU, "fans rattle")
+    hold.open.set()
+    assert "fans rattle" in await why_it_failed(gpud, instance)
+    assert kernel.writes == []
+
+
+PET = """<domain type='kvm'><name>pet</name><uuid>9d6a7c4e-58f0-5d1c-9a51-3c1f3c1f3c1f</uuid>
+<devices><hostdev mode='subsystem' type='pci' managed='no'><source>
+<address domain='0x0000' bus='0x01' slot='0x00' function='0x0'/></source></hostdev></devices></domain>"""
+
+
+async def test_a_card_that_somebody_elses_domain_has_is_left_alone(
+    gpud: Gpud, kernel: FakeKernel, libvirtd: LibvirtDaemon
+) -> None:
+    libvirtd.add(Guest(libvirtd, PET))
+    assert "domain pet" in await why_it_failed(gpud, await gpud.order())
+    assert kernel.writes == []
+
+
+@pytest.mark.parametrize("step", [Step.BIND_GPUS, Step.CLEAN_GPUS])
+async def test_a_card_that_somebody_elses_domain_took_meanwhile_is_not_reset(
+    start_gpud: StartGpud, kernel: FakeKernel, libvirtd: LibvirtDaemon, step: Step
+) -> None:
+    hold = Hold(step, after=False)
+    gpud = await start_gpud(hold)
+    instance = await gpud.order()
+    if step is Step.CLEAN_GPUS:
+        await gpud.reach(instance, Step.RUNNING)
+        await gpud.store.request_delete(instance.upstream_id)
+    await hold.reached.wait()
+    resets = list(kernel.resets)
+    libvirtd.add(Guest(libvirtd, PET))
+    hold.open.set()
+    await gpud.ended(instance)
+    assert kernel.resets == resets
+    assert "domain pet" in quarantines(gpud)[GPU]
+    with pytest.raises(GpudError, match="domain pet"):
+        await gpud.cleaner.release(GPU)
+
+
+def freezing(write: Write) -> Write:
+    """A server that stands still as soon as anything is reset."""
+
+    async def frozen(file: Path, text: str, timeout_s: float) -> None:
+        if file.name == "reset":
+            await asyncio.Event().wait()
+        await write(file, text, timeout_s)
+
+    return frozen
+
+
+async def test_a_reset_that_takes_the_server_down_is_not_repeated(
+    start_gpud: StartGpud,
+    kernel: FakeKernel,
+    libvirtd: LibvirtDaemon,
+    state_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpud = await start_gpud()
+    instance = await gpud.running()
+    await gpud.store.request_delete(instance.upstream_id)
+    monkeypatch.setattr(kernel, "write", freezing(kernel.write))
+    await until(lambda: GPU in gpud.store.resets_begun)
+    await gpud.kill()
+    libvirtd.guests.clear()
+    kernel = make_server(state_dir / "host-after-power-cycle")
+
+    gpud = await start_gpud(server=kernel)
+    await gpud.ended(instance)
+    assert kernel.resets == []
+    assert "went down" in quarantines(gpud)[GPU]
+    assert await gpud.cleaner.release(GPU)
+    assert await sellable(gpud) == [GPU, OTHER]
+
+
+async def test_a_server_reset_while_a_guest_ends_leaves_no_card_uncleaned(
+    start_gpud: StartGpud, libvirtd: LibvirtDaemon, state_dir: Path
+) -> None:
+    hold = Hold(Step.CLEAN_GPUS, after=False)
+    gpud = await start_gpud(hold)
+    instance = await gpud.running()
+    await gpud.store.request_delete(instance.upstream_id)
+    await hold.reached.wait()
+    await gpud.kill()
+    libvirtd.guests.clear()
+    kernel = make_server(state_dir / "host-after-reset")
+
+    gpud = await start_gpud(server=kernel)
+    await gpud.ended(instance)
+    assert kernel.resets == [(GPU, "flr")]
+    assert set(drivers(kernel).values()) == AS_FOUND
+
+
+async def test_a_gpu_that_only_changes_its_power_state_is_not_reset(
+    gpud: Gpud, kernel: FakeKernel
+) -> None:
+    kernel.pull(GPU)
+    kernel.add_function(GPU, driver="nvidia", group=1, reset_methods=("pm",))
+    await gpud.inventory.refresh()
+    assert "proves nothing" in await why_it_failed(gpud, await gpud.order())
 
 
 async def test_a_card_pulled_while_it_is_cleaned_is_quarantined(
@@ -229,6 +377,8 @@ IDLE = ("0", "persistence 1")
         (("0", "ecc_uncorrected 3 3"), "3 uncorrected memory errors"),
         (("70000", "persistence 1"), "70000 MiB of its memory are still in use"),
         (("70000", "compute 1"), "used by process 1"),
+        (("0", "mig 1 1"), "switched MIG on"),
+        (("0", "ecc 1 0"), "changed the ECC mode"),
         (IDLE, None),
     ],
 )
@@ -249,6 +399,21 @@ async def test_what_nvml_tells_of_a_card_after_a_guest_decides_whether_it_is_sol
     await gpud.deleted(instance)
     assert quarantines(gpud).get(GPU, "") == "" if why is None else why in quarantines(gpud)[GPU]
     assert OTHER not in quarantines(gpud)
+
+
+@pytest.mark.real_command(Path(sys.executable).name)
+async def test_a_card_that_nvml_does_not_see_after_its_guest_is_quarantined(
+    start_gpud: StartGpud, nvml_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cleaning, "_ASK_AGAIN_S", 0)
+    text = tmp_path / "nvml.txt"
+    text.write_text("".join(NVML_OF.format(gpu, *IDLE) for gpu in (GPU, OTHER)))
+    env = {"LD_LIBRARY_PATH": str(nvml_library), "FAKE_NVML": str(text)}
+    gpud = await start_gpud(nvml=Nvml(env=env))
+    instance = await gpud.running()
+    text.write_text(NVML_OF.format(OTHER, *IDLE))
+    await gpud.deleted(instance)
+    assert "NVML does not see it" in quarantines(gpud)[GPU]
 
 
 async def test_a_stand_in_is_handed_over_by_nobody(gpud: Gpud, kernel: FakeKernel) -> None:
