@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -39,11 +39,13 @@ class Completed:
         stdout: All it wrote to standard output, less surrounding white space.
         stderr: The tail of what it wrote to standard error, likewise.
         exit_code: Its exit status, one of those the caller declared good.
+        raw: Standard output as it came, for programs that do not write text.
     """
 
     stdout: str
     stderr: str
     exit_code: int
+    raw: bytes = field(default=b"", repr=False, compare=False)
 
 
 async def run(
@@ -103,7 +105,7 @@ async def run(
         raise
     if len(stdout) > _MAX_STDOUT_BYTES:
         raise _failed(f"{name} wrote more than {_MAX_STDOUT_BYTES} bytes")
-    completed = Completed(_text(stdout), _text(stderr), exit_code)
+    completed = Completed(_text(stdout), _text(stderr), exit_code, stdout)
     if exit_code not in ok:
         raise _failed(f"{name} {_ending(exit_code)}: {completed.stderr or 'it said nothing'}")
     return completed

@@ -59,21 +59,16 @@ def faults(sysfs: Sysfs, header: bytes, expected: PciFunction) -> Iterator[str]:
 
 
 def _identity(header: bytes, expected: PciFunction) -> Iterator[str]:
-    now, before = _names(header), _names(expected.config_header)
-    if not expected.answers:  # all that is known of it is what the kernel once found
-        before = dict.fromkeys(now, "") | {"ids": expected.ids}
-    for name, value in now.items():
-        if before[name] not in {"", value}:
-            yield f"its {name} is {value}, and was {before[name]}"
-
-
-def _names(header: bytes) -> dict[str, str]:
-    return {
-        "ids": f"{_word(header, 0x00):04x}:{_word(header, 0x02):04x}",
-        "revision": header[0x08:0x09].hex(),
-        "class": header[0x09:0x0C][::-1].hex(),
-        "subsystem": f"{_word(header, 0x2C):04x}:{_word(header, 0x2E):04x}",
-    }
+    """The device says of itself what the kernel found when the server started, before any guest."""
+    subsystem = f"{expected.subsystem_vendor:04x}:{expected.subsystem_device:04x}"
+    for name, now, before in (
+        ("ids", f"{_word(header, 0x00):04x}:{_word(header, 0x02):04x}", expected.ids),
+        ("revision", header[0x08:0x09].hex(), f"{expected.revision:02x}"),
+        ("class", header[0x09:0x0C][::-1].hex(), f"{expected.class_code:06x}"),
+        ("subsystem", f"{_word(header, 0x2C):04x}:{_word(header, 0x2E):04x}", subsystem),
+    ):
+        if now != before:
+            yield f"its {name} is {now}, and was {before}"
 
 
 def _bars(sysfs: Sysfs, header: bytes, expected: PciFunction) -> Iterator[str]:

@@ -6,12 +6,15 @@ Each is told in words for the person who has to do something about it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from gpud.host.holders import Process, holders, nodes
+from gpud.host import iommu
+from gpud.host.holders import Holders, node_names
 from gpud.host.iommu import IommuFacts
+from gpud.host.obstacle import Obstacle
 from gpud.host.pci import PciFunction, PciTree
 from gpud.host.sysfs import DRIVERS, DRIVERS_PROBE, Sysfs, attribute
 from gpud.model import PciAddress
@@ -25,10 +28,14 @@ _VIABLE: Final = frozenset({None, VFIO_PCI, "pci-stub"})
 _AWAKE: Final = {"power/control": "on", "d3cold_allowed": "0"}
 """Files that keep a function out of D3, with the content that does."""
 
+_FRAMEBUFFER: Final = re.compile(r"fb\d+")
+"""Where the kernel draws its console. A driver makes one for a card with a screen; that of the firmware
+is below the card since Linux 6.9, and before that unseen: vfio-pci takes it away by itself since 6.0."""
+
 
 def blockers(
     sysfs: Sysfs, functions: Sequence[PciAddress], tree: PciTree, facts: IommuFacts
-) -> tuple[str, ...]:
+) -> tuple[Obstacle, ...]:
     """Look for everything that forbids binding ``functions`` to vfio-pci, but for ``in_use``.
 
     Args:
@@ -36,11 +43,8 @@ def blockers(
         functions: All that would be handed over together.
         tree: The host's PCI functions, read just now.
         facts: What its IOMMU does.
-
-    Returns:
-        One sentence for each; none where nothing is in the way.
     """
-    found = [*_host(sysfs, facts)]
+    found = [*iommu.obstacles(facts), *_driver(sysfs)]
     present = []
     for address in functions:
         function = tree.get(address)
@@ -55,30 +59,34 @@ def blockers(
 
 
 def in_use(
-    sysfs: Sysfs,
-    proc: Path,
-    functions: Sequence[PciAddress],
-    tree: PciTree,
-    used_by: Mapping[PciAddress, Sequence[Process]],
-) -> tuple[str, ...]:
+    sysfs: Sysfs, functions: Sequence[PciAddress], tree: PciTree, holders: Holders
+) -> tuple[Obstacle, ...]:
     """Look for the processes that have ``functions`` open, which would make an unbind hang.
 
     Args:
         sysfs: The tree.
-        proc: Where procfs is.
         functions: All that would be handed over together.
         tree: The host's PCI functions, read just now.
-        used_by: What NVML says of processes that use a GPU.
+        holders: Who has what open.
 
     Returns:
-        One sentence for each function in use.
+        One for each function in use.
     """
-    present = [function for address in functions if (function := tree.get(address)) is not None]
-    return tuple(
-        f"{function.address} ({function.ids}) is in use by {named}: stop that first"
-        for function in present
-        if (named := _users(sysfs, proc, function, used_by.get(function.address, ())))
-    )
+    found = []
+    for address in functions:
+        function = tree.get(address)
+        users = () if function is None else holders.of(sysfs, function)
+        if function is not None and users:
+            named = ", ".join(f"{user.name} (pid {user.pid})" for user in users)
+            mends = dict.fromkeys(user.mend for user in users)
+            found.append(
+                Obstacle(
+                    f"{address} ({function.ids}) is in use by {named}",
+                    "; ".join(mends),
+                    tuple(f"process {user.pid} ({user.name})" for user in users),
+                )
+            )
+    return tuple(found)
 
 
 def awake_files(sysfs: Sysfs, address: PciAddress) -> Iterator[tuple[Path, str]]:
@@ -89,45 +97,43 @@ def awake_files(sysfs: Sysfs, address: PciAddress) -> Iterator[tuple[Path, str]]
             yield path, content
 
 
-def _host(sysfs: Sysfs, facts: IommuFacts) -> Iterator[str]:
-    if not facts.present:
-        yield (
-            "the IOMMU is off: enable VT-d or AMD-Vi in the firmware, and boot Linux with"
-            " intel_iommu=on (AMD needs no argument)"
-        )
-    elif not facts.interrupt_remapping:
-        yield "the IOMMU does not remap interrupts" + (
-            ", and vfio_iommu_type1.allow_unsafe_interrupts=1 must not make up for it: a guest could"
-            " forge the host's interrupts; enable x2APIC and interrupt remapping in the firmware"
-            if facts.unsafe_interrupts_allowed
-            else ", so VFIO refuses its devices: enable x2APIC and interrupt remapping in the"
-            " firmware, and see that Linux is not booted with intremap=off"
-        )
+def _driver(sysfs: Sysfs) -> Iterator[Obstacle]:
     if not sysfs.exists(DRIVERS / VFIO_PCI):
-        yield (
-            "the driver vfio-pci is not loaded: modprobe vfio-pci, and name it in"
-            " /etc/modules-load.d/ for the next boot"
+        yield Obstacle(
+            "the driver vfio-pci is not loaded",
+            "modprobe vfio-pci, and name it in /etc/modules-load.d/ for the next boot",
         )
 
 
-def _no_endpoint(address: PciAddress, function: PciFunction | None) -> str:
+def _no_endpoint(address: PciAddress, function: PciFunction | None) -> Obstacle:
     if function is None:
-        return f"{address} is not there: it fell off the bus or was taken out; look at dmesg"
+        return Obstacle(
+            f"{address} is not there", "it fell off the bus or was taken out; look at dmesg"
+        )
+    named = f"{address} ({function.ids})"
     if function.is_bridge:
-        return f"{address} ({function.ids}) is a PCI bridge, which stays with the host"
-    return f"{address} ({function.ids}) does not answer: it fell off the bus; look at dmesg"
+        return Obstacle(f"{named} is a PCI bridge, which stays with the host")
+    return Obstacle(f"{named} does not answer", "it fell off the bus; look at dmesg")
 
 
-def _function(sysfs: Sysfs, function: PciFunction, facts: IommuFacts) -> Iterator[str]:
+def _function(sysfs: Sysfs, function: PciFunction, facts: IommuFacts) -> Iterator[Obstacle]:
+    address, named = function.address, f"{function.address} ({function.ids})"
     if facts.present and function.iommu_group is None:
-        yield f"{function.address} ({function.ids}) is in no IOMMU group: the IOMMU leaves it out"
-    if function.address.function == 0 and not sysfs.exists(attribute(function.address, "reset")):
-        yield f"{function.address} ({function.ids}) cannot be reset, so no guest may follow another on it"
+        yield Obstacle(f"{named} is in no IOMMU group", "see dmesg | grep -i iommu")
+    if address.function == 0 and not sysfs.exists(attribute(address, "reset")):
+        yield Obstacle(f"{named} cannot be reset, so no guest may follow another on it")
+    nodes = node_names(sysfs, address) if function.is_display else ()
+    for screen in sorted(filter(_FRAMEBUFFER.fullmatch, nodes)):
+        yield Obstacle(
+            f"{named} shows the host's console ({screen})",
+            "let the firmware show it on other graphics, or boot Linux without it:"
+            " initcall_blacklist=sysfb_init, and nvidia-drm.fbdev=0 where NVIDIA's driver draws it",
+        )
 
 
 def _foreign(
     present: Sequence[PciFunction], functions: frozenset[PciAddress], tree: PciTree
-) -> Iterator[str]:
+) -> Iterator[Obstacle]:
     """Members of the functions' groups that would stay with the host while a guest has the rest."""
     own_cards = {one.address for function in present for one in tree.card(function.address)}
     groups = {one.iommu_group for one in present if one.iommu_group is not None}
@@ -137,25 +143,18 @@ def _foreign(
                 continue
             named = f"{member.address} ({member.ids}, {_driven(member.driver)})"
             if member.address not in own_cards:
-                yield (
-                    f"IOMMU group {group} holds a foreign device, {named}: move one of the cards to"
-                    " another slot"
+                yield Obstacle(
+                    f"IOMMU group {group} holds a foreign device, {named}",
+                    "turn on ACS in the firmware, or move one of the two to another slot",
                 )
             elif member.driver not in _VIABLE:
-                yield (
-                    f"IOMMU group {group} holds {named} too, which stays with the host: it has to be"
-                    " handed over with its card"
+                yield Obstacle(
+                    f"IOMMU group {group} holds {named} too, which stays with the host",
+                    "it has to be handed over with its card",
                 )
 
 
-def _users(sysfs: Sysfs, proc: Path, function: PciFunction, used_by: Sequence[Process]) -> str:
-    wanted = nodes(sysfs, proc, function.address, function.iommu_group)
-    found = holders(proc, wanted, nvidia=function.driver == "nvidia")
-    named = {one.pid: one.name for one in (*used_by, *found)}
-    return ", ".join(f"{name} (pid {pid})" for pid, name in sorted(named.items()))
-
-
-def _unwritable(sysfs: Sysfs, present: Sequence[PciFunction]) -> Iterator[str]:
+def _unwritable(sysfs: Sysfs, present: Sequence[PciFunction]) -> Iterator[Obstacle]:
     needed = [path for function in present for path in _written(function)]
     if present:
         needed += [DRIVERS_PROBE, DRIVERS / VFIO_PCI / "unbind"]
@@ -165,10 +164,11 @@ def _unwritable(sysfs: Sysfs, present: Sequence[PciFunction]) -> Iterator[str]:
         if sysfs.exists(path) and not sysfs.writable(path)
     ]
     if refused:
-        yield (
-            f"gpud may not write {', '.join(refused)}: install systemd/71-gpud.rules in"
-            " /etc/udev/rules.d, then udevadm control --reload && udevadm trigger --action=add"
-            " --subsystem-match=pci; and see that gpud's unit leaves /sys writable"
+        yield Obstacle(
+            f"gpud may not write {len(refused)} of the files that a hand-over writes",
+            "install systemd/71-gpud.rules in /etc/udev/rules.d, then udevadm control --reload &&"
+            " udevadm trigger --action=add --subsystem-match=pci; see that gpud's unit leaves /sys"
+            f" writable; the files: {', '.join(refused)}",
         )
 
 

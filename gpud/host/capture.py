@@ -16,6 +16,8 @@ from typing import Final
 from gpud.host import pci
 from gpud.host.nvml import NvmlGpu, NvmlReport
 from gpud.host.pci import Bar, PciFunction, PciTree
+from gpud.host.sysfs import CONFIG_HEADER_BYTES, attribute
+from gpud.model import PciAddress
 
 HOST_FILE: Final = "host.yaml"
 NVML_FILE: Final = "nvml.txt"
@@ -63,11 +65,28 @@ def capture(sysfs: Path, proc: Path, report: NvmlReport) -> dict[str, str]:
     Returns:
         Each file's text by its name; none for NVML where it knows no card.
     """
-    tree = pci.read(sysfs)
+    tree = _read(sysfs)
     files = {HOST_FILE: "\n".join((_HEADING, *_host(sysfs, proc, tree))) + "\n"}
     if report.gpus:
         files[NVML_FILE] = "\n".join((_HEADING, *_nvml(report, tree))) + "\n"
     return files
+
+
+def _read(sysfs: Path) -> PciTree:
+    """The PCI functions, each of which is asked whether it answers.
+
+    That waits while a function is being reset, here as in any program that looks at PCI.
+    """
+    tree = pci.read(sysfs)
+    return tree.with_headers({one: _header(sysfs, one) for one in tree.functions})
+
+
+def _header(sysfs: Path, address: PciAddress) -> bytes:
+    try:
+        with (sysfs / attribute(address, "config")).open("rb", buffering=0) as config:
+            return config.read(CONFIG_HEADER_BYTES)
+    except OSError:
+        return b""
 
 
 def _host(sysfs: Path, proc: Path, tree: PciTree) -> Iterator[str]:

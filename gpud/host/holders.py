@@ -3,24 +3,28 @@
 ``/proc/PID/fd`` shows an ordinary user only that user's own processes, so what is found here is
 certain and what is not found proves nothing. For the daemons that are known to keep every NVIDIA GPU
 open, their running is taken as proof; NVML's list of processes tells of the others.
+
+Of these daemons ``nvidia-persistenced`` is one only where it keeps a GPU in persistence mode: started
+with ``--no-persistence-mode``, as distributions do, it has none open (its manual page).
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
+from gpud.host.pci import PciFunction
 from gpud.host.sysfs import DEVICES, Sysfs
 from gpud.model import PciAddress
 
-_KEEPERS: Final = frozenset(
-    name[:15]  # all the kernel keeps of a name
-    for name in ("nvidia-persistenced", "nv-hostengine", "dcgm-exporter")
-)
+_NAME_CHARS: Final = 15
+"""All the kernel keeps of a process's name."""
+_PERSISTENCED: Final = "nvidia-persistenced"[:_NAME_CHARS]
+_KEEPERS: Final = {_PERSISTENCED, "nv-hostengine"[:_NAME_CHARS], "dcgm-exporter"[:_NAME_CHARS]}
 _MINOR: Final = re.compile(r"^Device Minor:\s*(\d+)", re.MULTILINE)
 
 
@@ -40,10 +44,71 @@ class Process(Protocol):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Holder:
-    """A process that holds a PCI function's device node open."""
+    """A process that holds a PCI function open.
+
+    Attributes:
+        mend: What makes it let go.
+    """
 
     pid: int
     name: str
+    mend: str = "stop that first"
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A process of the host.
+
+    Attributes:
+        opened: What it has open below ``/dev``; None if that is not for this user to know.
+    """
+
+    pid: int
+    name: str
+    parent: int
+    opened: frozenset[str] | None
+
+
+class Holders:
+    """Who has what open at one moment: all processes are looked at once, however many cards there are.
+
+    gpud itself and its children are left out, and theirs: NVML's readers have every GPU open.
+
+    Args:
+        proc: Where procfs is.
+        used_by: What NVML says of processes that use a GPU.
+        persistence_off: The GPUs of which NVML says that nothing keeps them in persistence mode.
+    """
+
+    def __init__(
+        self,
+        proc: Path,
+        used_by: Mapping[PciAddress, Sequence[Process]],
+        persistence_off: Collection[PciAddress] = (),
+    ) -> None:
+        self._proc = proc
+        self._used_by = used_by
+        self._persistence_off = frozenset(persistence_off)
+        self._running = _strangers({one.pid: one for one in _processes(proc)})
+
+    def of(self, sysfs: Sysfs, function: PciFunction) -> tuple[Holder, ...]:
+        """The processes that have a function open, by their numbers."""
+        wanted = nodes(sysfs, self._proc, function.address, function.iommu_group)
+        keepers = self._keepers(function)
+        told = self._used_by.get(function.address, ())
+        found = {one.pid: Holder(one.pid, one.name) for one in told}
+        for one in self._running:
+            if one.opened is None and one.name in keepers:
+                found[one.pid] = Holder(one.pid, one.name, _mend(one.name, function.address))
+            elif _any_wanted(one.opened or (), wanted):
+                found[one.pid] = Holder(one.pid, one.name)
+        return tuple(sorted(found.values()))
+
+    def _keepers(self, function: PciFunction) -> set[str]:
+        """The daemons that hold a function for as long as they run."""
+        if function.driver != "nvidia":
+            return set()
+        return _KEEPERS - ({_PERSISTENCED} if function.address in self._persistence_off else set())
 
 
 def nodes(sysfs: Sysfs, proc: Path, address: PciAddress, group: int | None) -> frozenset[str]:
@@ -53,7 +118,7 @@ def nodes(sysfs: Sysfs, proc: Path, address: PciAddress, group: int | None) -> f
         Paths where they are known (``/dev/nvidia0``, ``/dev/vfio/12``), else a node's bare name
         (``nvme0n1``, ``card1``), which is that of its directory in sysfs.
     """
-    found = set(_names_below(sysfs.root / DEVICES / str(address)))
+    found = set(node_names(sysfs, address))
     told = _text(proc / "driver/nvidia/gpus" / str(address) / "information")
     if minor := _MINOR.search(told):
         found.add(f"/dev/nvidia{minor[1]}")
@@ -62,66 +127,65 @@ def nodes(sysfs: Sysfs, proc: Path, address: PciAddress, group: int | None) -> f
     return frozenset(found)
 
 
-def holders(proc: Path, wanted: frozenset[str], *, nvidia: bool) -> tuple[Holder, ...]:
-    """The processes that have one of the nodes open, this one and its children left out.
-
-    Args:
-        proc: Where procfs is.
-        wanted: What ``nodes`` found.
-        nvidia: Whether NVIDIA's driver has the function, so that its daemons hold it.
-    """
-    return tuple(sorted(_holders(proc, wanted, nvidia=nvidia)))
+def node_names(sysfs: Sysfs, address: PciAddress) -> Iterator[str]:
+    """Names of the directories below a function that stand for device nodes: they hold a ``dev``."""
+    for directory, _, files in os.walk((sysfs.root / DEVICES / str(address)).resolve()):
+        if "dev" in files:
+            yield Path(directory).name
 
 
-def _holders(proc: Path, wanted: frozenset[str], *, nvidia: bool) -> Iterator[Holder]:
-    own = os.getpid()
-    for process in proc.iterdir():
-        if not process.name.isdecimal() or own in {int(process.name), _parent(process)}:
+def _mend(keeper: str, address: PciAddress) -> str:
+    if keeper == _PERSISTENCED:
+        return f"nvidia-smi -i {address} -pm 0, or stop nvidia-persistenced"
+    return "stop that first"
+
+
+def _strangers(running: Mapping[int, _Running]) -> tuple[_Running, ...]:
+    """Those that are neither this process nor came of it."""
+    return tuple(one for one in running.values() if os.getpid() not in _line(one, running))
+
+
+def _line(one: _Running, running: Mapping[int, _Running]) -> list[int]:
+    """The numbers of a process and of all that it came of."""
+    line = [one.pid, one.parent]
+    while line[-1] in running and running[line[-1]].parent not in line:
+        line.append(running[line[-1]].parent)
+    return line
+
+
+def _processes(proc: Path) -> Iterator[_Running]:
+    for directory in proc.iterdir():
+        if not directory.name.isdecimal():
             continue
-        name = _text(process / "comm").strip()
-        opened = _opened(process)
-        keeps = opened is None and nvidia and name in _KEEPERS
-        if keeps or _any_wanted(opened or (), wanted):
-            yield Holder(int(process.name), name)
+        # A name may hold anything, brackets too; the fields behind it hold none.
+        before, _, after = _text(directory / "stat").rpartition(")")
+        fields = after.split()
+        if len(fields) > 1:  # else it has ended
+            name = before.partition("(")[2]
+            yield _Running(int(directory.name), name, int(fields[1]), _opened(directory))
 
 
-def _parent(process: Path) -> int | None:
-    """The parent's number: the second field after the name, which may hold anything in brackets."""
-    fields = _text(process / "stat").rpartition(")")[2].split()
-    return int(fields[1]) if len(fields) > 1 else None
-
-
-def _opened(process: Path) -> list[str] | None:
-    """What a process has open; None if that is not for this user to know."""
+def _opened(process: Path) -> frozenset[str] | None:
     try:
-        return [_target(link) for link in (process / "fd").iterdir()]
+        links = os.listdir(process / "fd")  # noqa: PTH208 - a server has many thousands of them
     except FileNotFoundError:  # it has ended
-        return []
+        return frozenset()
     except OSError:
         return None
+    targets = (_target(f"{process}/fd/{link}") for link in links)
+    return frozenset(target for target in targets if target.startswith("/dev/"))
 
 
 def _any_wanted(opened: Iterable[str], wanted: frozenset[str]) -> bool:
-    return any(
-        path in wanted or path.rpartition("/")[2] in wanted
-        for path in opened
-        if path.startswith("/dev/")
-    )
+    return any(path in wanted or path.rpartition("/")[2] in wanted for path in opened)
 
 
-def _target(link: Path) -> str:
+def _target(link: str) -> str:
     """Where a link points. Only its text is read: following it could wait on somebody's dead NFS."""
     try:
-        return os.fspath(link.readlink())
+        return os.readlink(link)  # noqa: PTH115
     except OSError:
         return ""
-
-
-def _names_below(function: Path) -> Iterator[str]:
-    """Names of the directories below a function that stand for device nodes: they hold a ``dev``."""
-    for directory, _, files in os.walk(function.resolve()):
-        if "dev" in files:
-            yield Path(directory).name
 
 
 def _text(file: Path) -> str:

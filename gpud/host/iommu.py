@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from gpud.host.obstacle import Obstacle
 
 _NO_IOMMU: Final = "vfio-noiommu"
 """Name of the groups that VFIO makes up where there is no IOMMU (drivers/vfio/group.c)."""
@@ -52,6 +55,22 @@ def facts(sysfs: Path = Path("/sys"), proc: Path = Path("/proc")) -> IommuFacts:
         ),
         acs_override=any(argument.split("=")[0] == _ACS_OVERRIDE for argument in arguments),
     )
+
+
+def obstacles(iommu: IommuFacts) -> Iterator[Obstacle]:
+    """What of it forbids giving any device of the host to a guest."""
+    if not iommu.present:
+        yield Obstacle(
+            "the IOMMU is off",
+            "turn on VT-d or AMD-Vi in the firmware, and boot an Intel server with intel_iommu=on",
+        )
+    elif not iommu.interrupt_remapping:
+        made_up = ", and allow_unsafe_interrupts=1 must not make up for it"
+        yield Obstacle(
+            "the IOMMU does not remap interrupts, so a guest could forge the host's"
+            + made_up * iommu.unsafe_interrupts_allowed,
+            "turn on x2APIC and interrupt remapping in the firmware; no intremap=off",
+        )
 
 
 def _read(file: Path) -> bytes:

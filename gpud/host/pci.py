@@ -1,12 +1,15 @@
 """PCI as sysfs tells it: every function of the host, what drives it, and which group it is in.
 
-The attributes are those of the kernel's ``Documentation/ABI/testing/sysfs-bus-pci``.
+The attributes are those of the kernel's ``Documentation/ABI/testing/sysfs-bus-pci``. Only those
+are read that the kernel answers from memory, so nothing here can hang: not ``config``, whose reader can
+not be killed while the function is being reset (``pci_wait_cfg``), and not ``driver_override``, whose
+reader waits while a driver does not let go of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -62,7 +65,8 @@ class PciFunction:
         power_state: ``D0`` (fully on) to ``D3cold`` (no power), or ``unknown``.
         d3cold_allowed: Whether the kernel may cut its power; None where it does not tell.
         upstream: The bridges above it, from the root down.
-        config_header: The first 64 bytes of config space, from the device itself; empty if unreadable.
+        config_header: The first 64 bytes of config space, from the device itself; empty if it was not
+            asked (see :mod:`gpud.host.livebus`), or did not answer.
     """
 
     address: PciAddress
@@ -150,14 +154,22 @@ class PciTree:
         slot = _slot(address)
         return tuple(one for one in self.functions.values() if _slot(one.address) == slot)
 
+    def with_headers(self, headers: Mapping[PciAddress, bytes]) -> PciTree:
+        """The same functions with what each said of itself."""
+        functions = self.functions.items()
+        return PciTree(
+            {
+                address: replace(one, config_header=headers.get(address, b""))
+                for address, one in functions
+            }
+        )
+
 
 def read(sysfs: Path = Path("/sys")) -> PciTree:
-    """Read all PCI functions of the host.
+    """Read what the kernel knows of all PCI functions of the host; none is asked itself.
 
     A function that vanishes meanwhile is left out, and what one does not tell is unknown; neither
-    is an error. The kernel makes a reader of config space wait while the function is being reset, so
-    this does not belong on an event loop. ``driver_override`` is never read: while a driver does not let
-    go of a function, its reader waits too, and cannot be killed.
+    is an error.
 
     Args:
         sysfs: Where sysfs is.
@@ -202,22 +214,17 @@ def _function(link: Path) -> PciFunction | None:
         power_state=_text(link / "power_state") or "unknown",
         d3cold_allowed=None if d3cold_allowed is None else d3cold_allowed != 0,
         upstream=_upstream(link),
-        config_header=_bytes(link / "config", _HEADER_BYTES),
     )
     # Asked last: whatever was read of a function that is gone by now is not to be trusted.
     return function if link.exists() else None
 
 
-def _bytes(file: Path, at_most: int = -1) -> bytes:
+def _text(file: Path) -> str:
     try:
         with file.open("rb", buffering=0) as opened:
-            return opened.read(at_most)
+            return opened.read().decode("ascii", "replace").strip()
     except OSError:
-        return b""
-
-
-def _text(file: Path) -> str:
-    return _bytes(file).decode("ascii", "replace").strip()
+        return ""
 
 
 def _number(file: Path) -> int | None:

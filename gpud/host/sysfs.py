@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
-from gpud import command
 from gpud.errors import Code, GpudError
+from gpud.host.kernelfiles import InChildren, KernelFiles
 from gpud.model import PciAddress
 
 DEVICES: Final = Path("bus/pci/devices")
@@ -29,10 +30,6 @@ DRIVERS_PROBE: Final = Path("bus/pci/drivers_probe")
 CONFIG_HEADER_BYTES: Final = 64
 """What an ordinary user may read of a function's config space: its standard header."""
 
-_ERRNO: Final = {os.strerror(number): number for number in errno.errorcode}
-_ONE_WRITE_BYTES: Final = 4096
-"""The kernel takes each write for a command of its own, so a text must go in one."""
-
 
 class SysfsError(GpudError):
     """The kernel refused to write or read a file of sysfs, or did not come back from it.
@@ -44,58 +41,6 @@ class SysfsError(GpudError):
     def __init__(self, act: str, why: str, number: int | None) -> None:
         super().__init__(Code.GPU_UNUSABLE, f"{act}: {why}")
         self.errno = number
-
-
-class KernelFiles(Protocol):
-    """How files are written and read whose kernel side may take long, or for ever."""
-
-    async def write(self, file: Path, text: str, timeout_s: float) -> None:
-        """Give ``text`` to an existing file in one write.
-
-        Raises:
-            OSError: The kernel refused it.
-            GpudError: It was not done in time.
-        """
-        ...
-
-    async def read(self, file: Path, size: int, timeout_s: float) -> bytes:
-        """Read the first bytes of a file; errors as for ``write``."""
-        ...
-
-
-class InChildren:
-    """Each write and read in a short-lived process of coreutils: some 3 ms, and a true errno.
-
-    ``dd`` rather than a shell's ``printf``, which tells "I/O error" whatever the kernel said.
-    """
-
-    async def write(self, file: Path, text: str, timeout_s: float) -> None:
-        """Write through ``dd``, which neither creates nor truncates the file here."""
-        done = await command.run(
-            "dd",
-            f"of={file}",
-            "conv=nocreat,notrunc",
-            f"bs={_ONE_WRITE_BYTES}",
-            "status=none",
-            timeout_s=timeout_s,
-            ok=(0, 1),
-            input=text.encode(),
-        )
-        _refuse(done)
-
-    async def read(self, file: Path, size: int, timeout_s: float) -> bytes:
-        """Read through ``od``, whose output survives being taken for text."""
-        done = await command.run(
-            "od", "-An", "-v", "-tx1", f"-N{size}", file, timeout_s=timeout_s, ok=(0, 1)
-        )
-        _refuse(done)
-        return bytes.fromhex(done.stdout)
-
-
-def _refuse(done: command.Completed) -> None:
-    if done.exit_code != 0:
-        why = done.stderr.rpartition(": ")[2]
-        raise OSError(_ERRNO.get(why, errno.EIO), why)
 
 
 class Sysfs:
@@ -149,6 +94,25 @@ class Sysfs:
             return await self._files.read(self.root / path, CONFIG_HEADER_BYTES, timeout_s)
         except (OSError, GpudError) as error:
             raise _told(f"{self.root / path} could not be read", error) from error
+
+    async def config_headers(
+        self, addresses: Iterable[PciAddress], timeout_s: float
+    ) -> dict[PciAddress, bytes]:
+        """The same of many functions, in about the time that one takes.
+
+        Args:
+            addresses: The functions.
+            timeout_s: Seconds for all at once and, if one of them hangs, for each by itself.
+
+        Returns:
+            Each function's header; empty where it cannot be read, or not in time.
+
+        Raises:
+            GpudError: Not one could be read in time. Transient.
+        """
+        files = {one: self.root / attribute(one, "config") for one in addresses}
+        read = await self._files.read_many([*files.values()], CONFIG_HEADER_BYTES, timeout_s)
+        return dict(zip(files, read, strict=True))
 
     async def write(self, path: Path, text: str, timeout_s: float) -> None:
         """Give ``text`` to a file in one write.

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from gpud.errors import Code, GpudError
-from gpud.host import alive, blockers, iommu, pci
+from gpud.host import alive, blockers, iommu, livebus
 from gpud.host.binding import Binding
 from gpud.host.blockers import VFIO_PCI
-from gpud.host.holders import Process
+from gpud.host.holders import Holders, Process
 from gpud.host.iommu import IommuFacts
+from gpud.host.obstacle import Obstacle
 from gpud.host.patience import DEFAULT_LIMITS, Limits, Patience
 from gpud.host.pci import PciFunction, PciTree
 from gpud.host.reset import reset_function
@@ -57,37 +58,57 @@ class Handover:
         self._binding = Binding(sysfs, limits, self._patience)
 
     async def check(
-        self, functions: Sequence[PciAddress], used_by: Mapping[PciAddress, Sequence[Process]]
+        self,
+        functions: Sequence[PciAddress],
+        used_by: Mapping[PciAddress, Sequence[Process]],
+        persistence_off: Collection[PciAddress] = (),
     ) -> None:
         """Read the host anew, and see that nothing forbids a bind.
 
         Args:
             functions: All that would be handed over together.
             used_by: What NVML says of processes that use a GPU.
+            persistence_off: The GPUs of which NVML says that they are not in persistence mode.
 
         Raises:
             GpudError: ``gpu_unusable`` with all that forbids it, or else ``gpu_busy`` with who has the
-                functions open.
+                functions open. Transient when the host cannot be read.
         """
-        tree = await asyncio.to_thread(pci.read, self._sysfs.root)
+        tree = await livebus.read(self._sysfs)
         facts = await asyncio.to_thread(iommu.facts, self._sysfs.root, self._proc)
-        if found := blockers.blockers(self._sysfs, functions, tree, facts):
-            raise GpudError(Code.GPU_UNUSABLE, "; ".join(found))
-        if found := await self._in_use(functions, tree, used_by):
-            raise GpudError(Code.GPU_BUSY, "; ".join(found))
+        look = partial(blockers.blockers, self._sysfs, functions, tree, facts)
+        if found := await asyncio.to_thread(look):
+            raise GpudError(Code.GPU_UNUSABLE, "; ".join(map(str, found)))
+        holders = await asyncio.to_thread(Holders, self._proc, used_by, persistence_off)
+        look = partial(blockers.in_use, self._sysfs, functions, tree, holders)
+        if found := await asyncio.to_thread(look):
+            raise GpudError(Code.GPU_BUSY, "; ".join(map(str, found)))
 
-    async def blockers(
+    def obstacles(
         self,
-        functions: Sequence[PciAddress],
+        sets: Iterable[tuple[PciAddress, ...]],
         tree: PciTree,
         facts: IommuFacts,
-        used_by: Mapping[PciAddress, Sequence[Process]],
-    ) -> tuple[str, ...]:
-        """Everything that forbids a bind, in sentences; empty where nothing does."""
-        return (
-            *blockers.blockers(self._sysfs, functions, tree, facts),
-            *await self._in_use(functions, tree, used_by),
-        )
+        persistence_off: Collection[PciAddress] = (),
+    ) -> dict[tuple[PciAddress, ...], tuple[Obstacle, ...]]:
+        """What ``check`` would say of each of several sets, but for processes that only NVML sees.
+
+        Processes are looked at once for all. Not for an event loop: it reads much of procfs.
+
+        Args:
+            sets: Functions that would be handed over together, once for each.
+            tree: The host's PCI functions, read just now.
+            facts: What its IOMMU does.
+            persistence_off: As for ``check``.
+        """
+        holders = Holders(self._proc, {}, persistence_off)
+        return {
+            functions: (
+                *blockers.blockers(self._sysfs, functions, tree, facts),
+                *blockers.in_use(self._sysfs, functions, tree, holders),
+            )
+            for functions in sets
+        }
 
     def former_drivers(self, functions: Iterable[PciAddress]) -> dict[PciAddress, str]:
         """The driver that each function has now; an empty name where it has none. Changes nothing.
@@ -192,16 +213,6 @@ class Handover:
             if error.errno is None:
                 raise
             return False
-
-    async def _in_use(
-        self,
-        functions: Sequence[PciAddress],
-        tree: PciTree,
-        used_by: Mapping[PciAddress, Sequence[Process]],
-    ) -> tuple[str, ...]:
-        return await asyncio.to_thread(
-            blockers.in_use, self._sysfs, self._proc, functions, tree, used_by
-        )
 
     def _present(self, address: PciAddress) -> None:
         if not self._sysfs.exists(attribute(address, "vendor")):

@@ -1,10 +1,10 @@
-"""Reads the PCI bus off the event loop, where a device may hold up whoever reads it."""
+"""Reads the PCI bus for all who ask, and tells which functions are lost."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from typing import Final
 
 from gpud.errors import Code, GpudError
@@ -13,62 +13,80 @@ from gpud.model import PciAddress
 
 _READ_S: Final = 10.0
 _FRESH_S: Final = 5.0
-_ASK_AGAIN_S: Final = 1.0
+_SILENT_S: Final = 30.0
+"""A guest may be resetting its card, which is silent meanwhile; a false alarm costs it its disk."""
 
 
 class Bus:
     """The PCI bus.
 
     Args:
-        read: Reads all of it; runs in a thread, never twice at a time.
+        read: Reads all of it; never called again before it has come to an end.
+        clock: Seconds that only go forward.
     """
 
-    def __init__(self, read: Callable[[], PciTree]) -> None:
+    def __init__(
+        self, read: Callable[[], Awaitable[PciTree]], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._read = read
+        self._clock = clock
         self._turn = asyncio.Lock()
-        self._reading: asyncio.Future[PciTree] | None = None
+        self._next_look: asyncio.Task[PciTree] | None = None
         self._tree = PciTree({})
         self._read_at = float("-inf")
+        self._silent_since: dict[PciAddress, float] = {}
 
     async def tree(self) -> PciTree:
         """The bus as it is now.
 
+        While it is being read, all who come share the next read.
+
         Raises:
-            GpudError: It cannot be read within the time; the reader goes on, and no second starts.
+            GpudError: It cannot be read, or not within the time. Transient.
         """
+        if self._next_look is None:
+            self._next_look = asyncio.create_task(self._look())
+        return await asyncio.shield(self._next_look)
+
+    async def lost(
+        self, addresses: Collection[PciAddress], *, fresh: bool = False
+    ) -> list[PciAddress]:
+        """Those that are gone from the bus, or were silent at every look for half a minute.
+
+        However many ask, the bus is read every few seconds at most.
+
+        Args:
+            addresses: The functions.
+            fresh: Read the bus after this call, however recently it was read.
+
+        Raises:
+            GpudError: As for :meth:`tree`.
+        """
+        if fresh or self._clock() - self._read_at > _FRESH_S:
+            await self.tree()
+        return [one for one in addresses if self._tree.get(one) is None or self._is_silent(one)]
+
+    async def _look(self) -> PciTree:
         async with self._turn:
-            if self._reading is None:
-                self._reading = asyncio.ensure_future(asyncio.to_thread(self._read))
-            await asyncio.wait({self._reading}, timeout=_READ_S)
-            if not self._reading.done():
+            self._next_look = None  # it begins now: who comes later wants a later one
+            try:
+                async with asyncio.timeout(_READ_S):
+                    tree = await self._read()
+            except TimeoutError as error:
                 raise GpudError(
                     Code.GPU_UNUSABLE,
                     f"the PCI bus cannot be read within {_READ_S:g} s",
                     hint="a device holds up the kernel: see dmesg",
                     transient=True,
-                )
-            done, self._reading = self._reading, None
-            self._tree, self._read_at = done.result(), time.monotonic()
-            return self._tree
+                ) from error
+            self._take(tree)
+            return tree
 
-    async def lost(self, addresses: Collection[PciAddress]) -> list[PciAddress]:
-        """Those that are not on the bus any more, or do not answer.
+    def _take(self, tree: PciTree) -> None:
+        self._tree, self._read_at = tree, self._clock()
+        silent = (one.address for one in tree.functions.values() if not one.answers)
+        self._silent_since = {one: self._silent_since.get(one, self._read_at) for one in silent}
 
-        However many ask, the bus is read every few seconds at most. One that is there but silent is
-        asked a second time: its guest may be resetting it.
-
-        Raises:
-            GpudError: As for :meth:`tree`.
-        """
-        stale = time.monotonic() - self._read_at > _FRESH_S
-        tree = await self.tree() if stale else self._tree
-        found = _unreachable(tree, addresses)
-        if any(tree.get(address) is not None for address in found):
-            await asyncio.sleep(_ASK_AGAIN_S)
-            found = _unreachable(await self.tree(), found)
-        return found
-
-
-def _unreachable(tree: PciTree, addresses: Collection[PciAddress]) -> list[PciAddress]:
-    functions = ((address, tree.get(address)) for address in addresses)
-    return [address for address, one in functions if one is None or not one.answers]
+    def _is_silent(self, address: PciAddress) -> bool:
+        since = self._silent_since.get(address)
+        return since is not None and self._read_at - since >= _SILENT_S

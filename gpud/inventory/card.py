@@ -35,6 +35,7 @@ class Why(StrEnum):
     NO_DRIVER = "no_driver"
     NO_RESET = "no_reset"
     HELD = "held"
+    HAND_OVER = "hand_over"
     NVML = "nvml"
     SETTING = "setting"
     UNHEALTHY = "unhealthy"

@@ -8,6 +8,7 @@ from typing import Self
 
 from gpud.host.iommu import IommuFacts
 from gpud.host.nvml import NvmlGpu
+from gpud.host.obstacle import Obstacle
 from gpud.host.pci import PciTree
 from gpud.inventory.card import CardState
 from gpud.model import RELEASE_STEPS, KnownCard, PciAddress, Quarantine
@@ -37,12 +38,14 @@ class Facts:
 
     Attributes:
         domains: Domains of libvirt that have a PCI function, by its address.
+        obstacles: What the hand-over says against each card that no instance has.
     """
 
     tree: PciTree
     iommu: IommuFacts
     nvml: NvmlView = NvmlView()
     domains: Mapping[PciAddress, str] = field(default_factory=dict)
+    obstacles: Mapping[PciAddress, tuple[Obstacle, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

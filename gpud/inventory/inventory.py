@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
-from collections.abc import Callable, Collection, Mapping
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -18,11 +19,13 @@ from gpud.host.capacity import Capacity
 from gpud.host.iommu import IommuFacts
 from gpud.host.nvml import Nvml, NvmlReport
 from gpud.host.pci import PciTree
+from gpud.host.vfio import Handover
 from gpud.inventory.bus import Bus
 from gpud.inventory.card import Card
 from gpud.inventory.facts import Facts, NvmlView, Record
 from gpud.inventory.identity import as_it_is, news
 from gpud.inventory.merge import merge
+from gpud.inventory.obstacles import Obstacles
 from gpud.inventory.reasons import NVIDIA_DRIVER
 from gpud.inventory.room import room_for_guests, stand_ins
 from gpud.inventory.sighting import Sighting, sightings
@@ -46,31 +49,36 @@ class Inventory:
     Args:
         config: Types, reserve, addresses and stand-ins.
         measure_capacity: Reads the host's capacity.
-        read_pci: Reads the PCI functions.
+        read_pci: Reads the PCI functions, and asks each whether it answers.
         nvml: None where NVML is not to be asked.
         store: What is remembered, quarantined and claimed.
         read_iommu: Reads what the IOMMU does.
         domains: Names domains of libvirt by the PCI functions that they have.
+        clock: Seconds that only go forward.
+        handover: Says what would keep it from taking a card; None where nothing is handed over.
     """
 
     def __init__(
         self,
         config: Config,
         measure_capacity: Callable[[], Capacity],
-        read_pci: Callable[[], PciTree],
+        read_pci: Callable[[], Awaitable[PciTree]],
         nvml: Nvml | None,
         store: Store,
         *,
         read_iommu: Callable[[], IommuFacts] = iommu.facts,
         domains: Callable[[], Mapping[PciAddress, str]] = dict,
+        clock: Callable[[], float] = time.monotonic,
+        handover: Handover | None = None,
     ) -> None:
         self._config = config
         self._measure_capacity = measure_capacity
-        self._bus = Bus(read_pci)
+        self._bus = Bus(read_pci, clock)
         self._read_iommu = read_iommu
         self._nvml = nvml
         self._store = store
         self._domains = domains
+        self._obstacles = Obstacles(None if config.gpus.stand_ins else handover)
         self._room = Host()
         self._facts: Facts | None = None
         self._told = NvmlView(awaited=nvml is not None)
@@ -114,19 +122,27 @@ class Inventory:
         isolation = await asyncio.to_thread(self._read_iommu)
         tree = await self._bus.tree()
         facts = Facts(tree, isolation, self._told, self._other_domains())
+        cards = merge(facts, Record.of(self._store), self._config.gpus)
+        facts = replace(facts, obstacles=await self._obstacles.of(cards, facts))
         await self._take(room_for_guests(self._config, capacity), facts)
 
     async def run(self) -> None:
         """Keep looking for as long as the daemon lives; NVML has its own, slower rhythm."""
         await asyncio.gather(self._keep_looking(), self._keep_asking())
 
-    async def lost(self, addresses: Collection[PciAddress]) -> list[PciAddress]:
-        """Which of the PCI functions have left the bus, or do not answer any more.
+    async def lost(
+        self, addresses: Collection[PciAddress], *, fresh: bool = False
+    ) -> list[PciAddress]:
+        """Which of the PCI functions are gone from the bus, or have been silent for half a minute.
+
+        Args:
+            addresses: The functions.
+            fresh: Read the bus after this call, however recently it was read.
 
         Raises:
-            GpudError: The bus cannot be read.
+            GpudError: The bus cannot be read. Transient.
         """
-        return await self._bus.lost(addresses)
+        return await self._bus.lost(addresses, fresh=fresh)
 
     async def confirm(self, address: PciAddress) -> bool:
         """Take what is at ``address`` now for right, be it another card than before or none.

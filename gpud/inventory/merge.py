@@ -10,7 +10,7 @@ from gpud.inventory.card import Card, CardState, Health, Reason, Why
 from gpud.inventory.facts import Facts, Record
 from gpud.inventory.groups import components
 from gpud.inventory.identity import changes, places_before
-from gpud.inventory.reasons import member, reasons, used_by
+from gpud.inventory.reasons import holders, member, obstacles, reasons
 from gpud.inventory.sighting import Sighting, sightings
 from gpud.model import GPU_TYPES, PciAddress
 
@@ -33,14 +33,21 @@ def merge(facts: Facts, record: Record, config: Gpus) -> tuple[Card, ...]:
             *changes(one, before),
             *reasons(one, facts, config, partners[one.address]),
         )
+        or obstacles(one, facts)
         for one in found
     }
     cards = []
     for one in found:
         shared = _shared(one, partners[one.address], own)
         card = _card(one, (*own[one.address], *shared), found)
-        bundle, nvlink = bundles.get(one.address, ""), nvlinks.get(one.address, "")
-        cards.append(replace(card, bundle=bundle, nvlink=nvlink))
+        cards.append(
+            replace(
+                card,
+                used_by=holders(one, facts),
+                bundle=bundles.get(one.address, ""),
+                nvlink=nvlinks.get(one.address, ""),
+            )
+        )
     return tuple(cards)
 
 
@@ -119,7 +126,6 @@ def _card(sighting: Sighting, why_not: tuple[Reason, ...], found: Sequence[Sight
         nvlink_peers=tuple(sorted(sighting.nvlink_peers)),
         pcie_peers=_pcie_peers(sighting, found),
         instance=sighting.claim.upstream_id if sighting.claim is not None else None,
-        used_by=used_by(sighting),
         reasons=why_not,
         health=_health(sighting),
     )

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from gpud.config import Gpus
+from gpud.host import iommu
 from gpud.host.pci import PciFunction
 from gpud.inventory import pciclass
 from gpud.inventory.card import Member, Reason, Why
@@ -67,6 +68,16 @@ def reasons(
     return tuple(found)
 
 
+def obstacles(sighting: Sighting, facts: Facts) -> tuple[Reason, ...]:
+    """What the hand-over itself says against a card that nothing else speaks against."""
+    if sighting.claim is not None:
+        return ()
+    return tuple(
+        Reason(Why.HELD if one.users else Why.HAND_OVER, one.what, one.mend)
+        for one in facts.obstacles.get(sighting.address, ())
+    )
+
+
 def foreign_devices(
     sighting: Sighting, config: Gpus, partners: Collection[Sighting]
 ) -> tuple[PciFunction, ...]:
@@ -87,8 +98,15 @@ def member(function: PciFunction) -> Member:
     return Member(function.address, function.ids, what, function.driver, function.iommu_group)
 
 
-def used_by(sighting: Sighting) -> tuple[str, ...]:
+def holders(sighting: Sighting, facts: Facts) -> tuple[str, ...]:
     """What has the card without being the instance that it was given to."""
+    told = () if sighting.claim is not None else facts.obstacles.get(sighting.address, ())
+    # NVML sees more than procfs shows an ordinary user, but not what uses no CUDA or graphics.
+    return used_by(sighting) or tuple(user for one in told for user in one.users)
+
+
+def used_by(sighting: Sighting) -> tuple[str, ...]:
+    """What libvirt and NVML say has it, without being the instance that it was given to."""
     if sighting.claim is not None:
         return ()
     domain = (f"domain {sighting.domain}",) if sighting.domain is not None else ()
@@ -165,22 +183,11 @@ def _bus(sighting: Sighting, facts: Facts) -> Iterator[Reason]:
 
 
 def _isolation(function: PciFunction, facts: Facts) -> Iterator[Reason]:
-    iommu = facts.iommu
-    if not iommu.present:
-        yield Reason(
-            Why.IOMMU,
-            "the IOMMU is off",
-            "turn on VT-d or AMD-Vi in the firmware, and boot an Intel server with intel_iommu=on",
-        )
-    elif function.iommu_group is None:
+    for one in iommu.obstacles(facts.iommu):
+        yield Reason(Why.IOMMU, one.what, one.mend)
+    if facts.iommu.present and function.iommu_group is None:
         yield Reason(Why.IOMMU, "in no IOMMU group", "see dmesg | grep -i iommu")
-    if not iommu.interrupt_remapping:
-        yield Reason(
-            Why.IOMMU,
-            "interrupts are not remapped, so a guest could forge them",
-            "turn on x2APIC and interrupt remapping in the firmware; no intremap=off",
-        )
-    if iommu.acs_override:
+    if facts.iommu.acs_override:
         yield Reason(
             Why.IOMMU,
             "pcie_acs_override splits IOMMU groups that the hardware does not keep apart",

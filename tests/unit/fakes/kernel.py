@@ -59,6 +59,7 @@ class FakeKernel:
     """See the module's text.
 
     Attributes:
+        root: The server's own directory; a boot of it makes another one.
         proc: Procfs, for the facts about the IOMMU and for processes (``add_process``).
         sysfs: The tree, with this kernel behind it.
         writes: Every write in order, refused and hanging ones included: path below ``bus/pci``, and
@@ -68,6 +69,7 @@ class FakeKernel:
     """
 
     def __init__(self, root: Path) -> None:
+        self.root = root
         self.proc = root / "proc"
         self._sys = root / "sys"
         self._bus = self._sys / "bus/pci"
@@ -267,6 +269,22 @@ class FakeKernel:
         path = os.fspath(file.relative_to(self._bus))
         self._meet_faults(path, self._concerned(path, ""), None, timeout_s)
         return file.read_bytes()[:size]
+
+    async def read_many(self, files: Sequence[Path], size: int, timeout_s: float) -> list[bytes]:
+        found = [await self._first_bytes(file, size) for file in files]
+        if files and all(content is None for content in found):
+            self.now += timeout_s
+            raise GpudError(Code.GPU_UNUSABLE, "not one file could be read", transient=True)
+        return [content or b"" for content in found]
+
+    async def _first_bytes(self, file: Path, size: int) -> bytes | None:
+        """None if it hangs, which costs no time: what is known to hang is not asked again."""
+        try:
+            return await self.read(file, size, 0)
+        except OSError:
+            return b""
+        except GpudError:
+            return None
 
     def _meet_faults(
         self, path: str, function: Function | None, text: str | None, timeout_s: float

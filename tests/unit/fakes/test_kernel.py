@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gpud.errors import GpudError
-from gpud.host import iommu, pci
+from gpud.host import iommu, livebus, pci
 from gpud.model import PciAddress
 from tests.unit.fakes.kernel import FakeKernel
 from tests.unit.fakes.kernel_tree import GPU_BARS
@@ -35,10 +35,10 @@ async def refused(kernel: FakeKernel, path: str, text: str) -> int | None:
     return caught.value.errno
 
 
-def test_a_function_reads_as_a_real_one_would(kernel: FakeKernel) -> None:
+async def test_a_function_reads_as_a_real_one_would(kernel: FakeKernel) -> None:
     kernel.add_function(GPU, driver="nvidia", group=12, numa_node=1)
 
-    function = pci.read(kernel.sysfs.root).get(GPU)
+    function = (await livebus.read(kernel.sysfs)).get(GPU)
 
     assert function is not None
     assert function.answers
@@ -111,6 +111,10 @@ async def test_a_hanging_write_holds_the_function_until_it_is_released(kernel: F
             await write(kernel, path, text)
     with pytest.raises(GpudError, match="stuck inside the kernel"):
         await kernel.sysfs.config_header(GPU, 5)
+    headers = await kernel.sysfs.config_headers([GPU, other], 5)
+    assert [len(headers[one]) for one in (GPU, other)] == [0, 64]
+    with pytest.raises(GpudError, match="not one file could be read"):
+        await kernel.sysfs.config_headers([GPU], 5)
     await write(kernel, "drivers/nvidia/unbind", str(other))
     before = kernel.driver(GPU)
     kernel.release("drivers/nvidia/unbind")
@@ -157,9 +161,9 @@ async def test_a_dead_function_keeps_its_files_and_says_nothing(kernel: FakeKern
     await write(kernel, f"devices/{GPU}/reset", "1")
 
     assert await kernel.sysfs.config_header(GPU, 5) == b"\xff" * 64
-    function = pci.read(kernel.sysfs.root).get(GPU)
-    assert function is not None
-    assert not function.answers
+    kernel.add_function("0000:42:00.0")
+    tree = await livebus.read(kernel.sysfs)
+    assert [one.answers for one in tree.functions.values()] == [False, True]
 
 
 def test_links_are_relative_like_those_of_sysfs(kernel: FakeKernel) -> None:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from gpud.host import blockers, iommu, pci
-from gpud.host.holders import Holder, Process
+from gpud.host.holders import Holder, Holders, Process
+from gpud.host.pci import PciTree
 from gpud.model import PciAddress
 from tests.unit.fakes.kernel import FakeKernel
 from tests.unit.fakes.orders import quick_directory
@@ -28,17 +29,25 @@ def kernel() -> Iterator[FakeKernel]:
         yield kernel
 
 
+def read(kernel: FakeKernel) -> PciTree:
+    tree = pci.read(kernel.sysfs.root)
+    configs = {one: (kernel.home(one) / "config").read_bytes() for one in tree.functions}
+    return tree.with_headers(configs)
+
+
 def blocked(kernel: FakeKernel, functions: Sequence[PciAddress] = CARD) -> list[str]:
-    root = kernel.sysfs.root
-    facts = iommu.facts(root, kernel.proc)
-    return list(blockers.blockers(kernel.sysfs, functions, pci.read(root), facts))
+    facts = iommu.facts(kernel.sysfs.root, kernel.proc)
+    return list(map(str, blockers.blockers(kernel.sysfs, functions, read(kernel), facts)))
 
 
 def used(
-    kernel: FakeKernel, used_by: Mapping[PciAddress, Sequence[Process]] | None = None
+    kernel: FakeKernel,
+    used_by: Mapping[PciAddress, Sequence[Process]] | None = None,
+    *,
+    persistence_off: Collection[PciAddress] = (),
 ) -> list[str]:
-    tree = pci.read(kernel.sysfs.root)
-    return list(blockers.in_use(kernel.sysfs, kernel.proc, CARD, tree, used_by or {}))
+    holders = Holders(kernel.proc, used_by or {}, persistence_off)
+    return list(map(str, blockers.in_use(kernel.sysfs, CARD, read(kernel), holders)))
 
 
 def says(process: str) -> list[str]:
@@ -70,8 +79,8 @@ def test_interrupts_that_are_not_remapped_block_whatever_vfio_was_told(kernel: F
     (parameters / "allow_unsafe_interrupts").write_text("Y\n")
     (loose,) = blocked(kernel)
 
-    assert "does not remap interrupts, so VFIO refuses" in strict
-    assert "allow_unsafe_interrupts=1 must not make up for it" in loose
+    assert "does not remap interrupts, so a guest could forge the host's: turn on x2APIC" in strict
+    assert "allow_unsafe_interrupts=1 must not make up for it: turn on x2APIC" in loose
 
 
 def test_a_missing_vfio_pci_is_told(kernel: FakeKernel) -> None:
@@ -113,6 +122,15 @@ def test_a_function_that_the_iommu_leaves_out_is_told(kernel: FakeKernel) -> Non
 
     (only,) = blocked(kernel, [*CARD, bare])
     assert only.startswith("0000:43:00.0 (10de:2330) is in no IOMMU group")
+
+
+@pytest.mark.parametrize("place", ["graphics/fb0", "simple-framebuffer.0/graphics/fb0"])
+def test_a_card_that_shows_the_hosts_console_is_told(kernel: FakeKernel, place: str) -> None:
+    kernel.add_node(GPU, place)
+    kernel.add_node(GPU, "drm/card0")
+
+    (only,) = blocked(kernel)
+    assert only.startswith(f"{GPU} (10de:2330) shows the host's console (fb0): ")
 
 
 # -- the group -------------------------------------------------------------------------------------
@@ -167,9 +185,9 @@ def test_every_file_that_may_not_be_written_is_named_with_the_mend(
 
     (only,) = blocked(kernel)
 
-    refused, _, mend = only.partition(": ")
+    mend, _, files = only.partition("; the files: ")
     root = f"{kernel.sysfs.root}/bus/pci"
-    assert refused.removeprefix("gpud may not write ").split(", ") == [
+    assert files.split(", ") == [
         f"{root}/devices/{GPU}/power/control",
         f"{root}/devices/{GPU}/d3cold_allowed",
         f"{root}/devices/{GPU}/driver_override",
@@ -182,6 +200,7 @@ def test_every_file_that_may_not_be_written_is_named_with_the_mend(
         f"{root}/drivers_probe",
         f"{root}/drivers/vfio-pci/unbind",
     ]
+    assert mend.startswith("gpud may not write 11 of the files that a hand-over writes: install ")
     assert "systemd/71-gpud.rules" in mend
 
 
@@ -213,7 +232,9 @@ def test_a_process_with_a_node_of_the_card_open_is_named(kernel: FakeKernel, pat
 def test_other_processes_and_files_are_nothing_to_it(kernel: FakeKernel) -> None:
     kernel.add_node(GPU, "drm/card1")
     kernel.add_process(77, "python3", "/dev/vfio/13", "/home/me/card1", "/dev/nvidia3", "pipe:[1]")
-    (kernel.proc / "78").mkdir()  # about to end
+    (kernel.proc / "78").mkdir()  # has ended
+    kernel.add_process(79, "ending")
+    (kernel.proc / "79/fd").rmdir()
     (kernel.proc / "self").mkdir()
 
     assert used(kernel) == []
@@ -226,20 +247,54 @@ def test_files_closed_while_they_are_looked_at_are_nothing_to_it(kernel: FakeKer
     assert used(kernel) == []
 
 
-def test_gpud_itself_and_its_children_are_not_holders(kernel: FakeKernel) -> None:
-    kernel.add_process(os.getpid(), "gpud", "/dev/vfio/12")
-    kernel.add_process(99999, "probe) S 1 (", "/dev/vfio/12", parent=os.getpid())
+def test_gpud_itself_and_what_came_of_it_are_not_holders(kernel: FakeKernel) -> None:
+    kernel.add_process(99998, "probe) S 1 (", "/dev/vfio/12", parent=os.getpid())
+    kernel.add_process(99999, "reader", "/dev/vfio/12", parent=99998)
+    assert used(kernel) == []
 
+    kernel.add_process(os.getpid(), "gpud", "/dev/vfio/12")
     assert used(kernel) == []
 
 
-@pytest.mark.parametrize("name", ["nvidia-persistenced", "nv-hostengine", "dcgm-exporter"])
+@pytest.mark.parametrize("name", ["nv-hostengine", "dcgm-exporter"])
 def test_daemons_that_keep_nvidia_gpus_open_are_named_though_not_seen_into(
     kernel: FakeKernel, name: str
 ) -> None:
     kernel.add_process(77, name, readable=False)
 
-    assert used(kernel) == says(f"{name[:15]} (pid 77)")
+    assert used(kernel, persistence_off=[GPU]) == says(f"{name} (pid 77)")
+
+
+def test_nvidia_persistenced_holds_what_it_keeps_and_is_told_how_to_let_go(
+    kernel: FakeKernel,
+) -> None:
+    kernel.add_process(77, "nvidia-persistenced", readable=False)
+
+    (only,) = used(kernel, persistence_off=[NIC])
+
+    assert only == (
+        f"{GPU} (10de:2330) is in use by nvidia-persiste (pid 77):"
+        f" nvidia-smi -i {GPU} -pm 0, or stop nvidia-persistenced"
+    )
+
+
+def test_nvidia_persistenced_does_not_hold_a_gpu_whose_persistence_mode_is_off(
+    kernel: FakeKernel,
+) -> None:
+    kernel.add_process(77, "nvidia-persistenced", readable=False)
+
+    assert used(kernel, persistence_off=[GPU]) == []
+
+
+def test_what_all_holders_need_to_let_go_is_told_once_each(kernel: FakeKernel) -> None:
+    kernel.add_process(77, "nvidia-persistenced", readable=False)
+    kernel.add_process(78, "python3", "/dev/vfio/12")
+    kernel.add_process(79, "python3", "/dev/vfio/12")
+
+    found = used(kernel)
+
+    assert found[0].count("stop that first") == 1
+    assert f"nvidia-smi -i {GPU} -pm 0" in found[0]
 
 
 def test_such_a_daemon_does_not_hold_what_nvidia_does_not_drive(tmp_path: Path) -> None:

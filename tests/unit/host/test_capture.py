@@ -63,7 +63,19 @@ def test_a_sick_host_is_captured_as_it_is(tmp_path: Path) -> None:
     again = replay(capture(host.sysfs, host.proc, NvmlReport()), tmp_path / "second")
 
     assert pci.read(again.sysfs) == pci.read(host.sysfs)
+    assert (again.device("0000:16:00.0") / "config").read_bytes() == b"\xff" * 64
     assert iommu.facts(again.sysfs, again.proc).unsafe_interrupts_allowed
+
+
+def test_a_function_that_cannot_be_asked_does_not_answer(tmp_path: Path) -> None:
+    host = recorded_host.unfold("rtx3090", tmp_path)
+    (host.device("0000:01:00.0") / "config").unlink()
+
+    text = capture(host.sysfs, host.proc, NvmlReport())[HOST_FILE]
+
+    assert [line for line in text.splitlines() if "answers: false" in line] == [
+        line for line in text.splitlines() if "10de:2204" in line
+    ]
 
 
 def test_newer_kernels_name_a_device_with_each_interrupt_chip(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -31,14 +32,8 @@ def addresses(functions: tuple[PciFunction, ...]) -> list[str]:
 
 
 def test_tells_all_of_a_function(desktop: RecordedHost) -> None:
-
     gpu = at(pci.read(desktop.sysfs), GPU)
 
-    header, expected_header = (
-        gpu.config_header,
-        bytes.fromhex("de100422 06041000 a1000003 00008000"),
-    )
-    assert header[:16] == expected_header
     assert gpu == PciFunction(
         address=PciAddress(0, 1, 0, 0),
         vendor=0x10DE,
@@ -59,7 +54,6 @@ def test_tells_all_of_a_function(desktop: RecordedHost) -> None:
         power_state="D0",
         d3cold_allowed=True,
         upstream=(PciAddress(0, 0, 1, 0),),
-        config_header=header,
     )
 
 
@@ -73,26 +67,6 @@ def test_tells_the_kinds_of_functions_apart(desktop: RecordedHost) -> None:
     assert not any(one.is_nvswitch for one in (gpu, audio, port))
     assert at(tree, "0000:00:02.0").is_display  # Intel's, so not NVIDIA's
     assert not at(tree, "0000:00:02.0").is_nvidia
-
-
-def test_a_bridge_is_known_by_its_header_whatever_its_class(desktop: RecordedHost) -> None:
-    port = desktop.device("0000:00:01.0")
-    (port / "class").write_text("0x060900\n")  # semi-transparent PCI-to-PCI bridge
-    header = bytearray((port / "config").read_bytes())
-    header[0x0E] |= 0x80  # one of several functions
-    (port / "config").write_bytes(header)
-
-    assert at(pci.read(desktop.sysfs), "0000:00:01.0").is_bridge
-
-
-def test_a_bridge_off_the_bus_is_known_by_the_class_it_had(desktop: RecordedHost) -> None:
-    (desktop.device("0000:00:01.0") / "config").write_bytes(b"\xff" * 64)
-    (desktop.device("0000:06:00.0") / "config").write_bytes(b"\xff\xff\xff\xff" + b"\x01" * 60)
-
-    tree = pci.read(desktop.sysfs)
-
-    assert at(tree, "0000:00:01.0").is_bridge
-    assert not at(tree, "0000:06:00.0").is_bridge
 
 
 def test_a_card_is_what_sits_in_one_slot(desktop: RecordedHost) -> None:
@@ -161,7 +135,7 @@ def test_a_function_that_tells_garbage_stays_in_its_group(
     assert (audio.bars, audio.numa_node, audio.d3cold_allowed) == ((), None, None)
     assert not audio.is_display
     assert not audio.is_bridge
-    assert at(tree, GPU).answers
+    assert at(tree, GPU).ids == "10de:2204"
 
 
 def test_what_is_missing_is_unknown(tmp_path: Path) -> None:
@@ -183,32 +157,17 @@ def test_a_link_to_a_group_that_is_no_number_is_no_group(desktop: RecordedHost) 
     assert at(pci.read(desktop.sysfs), GPU).iommu_group is None
 
 
-def test_a_device_off_the_bus_does_not_answer(desktop: RecordedHost) -> None:
-    config = desktop.device(GPU) / "config"
-    assert at(pci.read(desktop.sysfs), GPU).answers
+def test_no_function_is_asked_itself(desktop: RecordedHost) -> None:
+    for device in (desktop.sysfs / "bus/pci/devices").iterdir():
+        for name in ("config", "driver_override"):  # whoever opened them would wait
+            (device / name).unlink()
+            os.mkfifo(device / name)
 
-    for header in (b"\xff" * 64, b"\xde\x10" + b"\0" * 30, b"\x86\x80" + b"\0" * 62, b"\0" * 64):
-        config.write_bytes(header)
-        gpu = at(pci.read(desktop.sysfs), GPU)
-        assert not gpu.answers, header
-        assert gpu.ids == "10de:2204"  # the kernel remembers
+    tree = pci.read(desktop.sysfs)
 
-
-@pytest.mark.parametrize(("vendor", "header"), [("0xffff", b"\xff" * 64), ("junk", b"\0" * 64)])
-def test_a_device_that_was_never_known_does_not_answer(
-    desktop: RecordedHost, vendor: str, header: bytes
-) -> None:
-    (desktop.device(GPU) / "vendor").write_text(vendor)
-    (desktop.device(GPU) / "config").write_bytes(header)
-
-    assert not at(pci.read(desktop.sysfs), GPU).answers
-
-
-def test_no_more_of_config_space_is_read_than_the_header(desktop: RecordedHost) -> None:
-    config = desktop.device(GPU) / "config"
-    config.write_bytes(config.read_bytes() + b"secret" * 100)
-
-    assert len(at(pci.read(desktop.sysfs), GPU).config_header) == 64
+    assert at(tree, GPU).config_header == b""
+    assert not at(tree, GPU).answers
+    assert at(tree, "0000:00:01.0").is_bridge  # by the class it had
 
 
 def test_only_memory_bars_count(desktop: RecordedHost) -> None:

@@ -224,7 +224,6 @@ def test_what_is_recorded_makes_sense(any_host: RecordedHost) -> None:
     tree = pci.read(any_host.sysfs)
 
     for one in tree.functions.values():
-        assert one.answers
         assert 0 not in {one.vendor, one.device, one.class_code}
         assert all(tree.functions[above].is_bridge for above in one.upstream)
         if one.upstream:

@@ -174,7 +174,7 @@ def refuse_list(kernel: FakeKernel, number: int) -> None:
                 raise OSError(number, "refused")
             await kernel.write(file, text, timeout_s)
 
-        read = kernel.read
+        read, read_many = kernel.read, kernel.read_many
 
     kernel.sysfs = Sysfs(kernel.sysfs.root, Files())
 

@@ -183,11 +183,15 @@ async def test_errors_of_other_kernels_are_named_too(tmp_path: Path) -> None:
         async def read(self, *_: object) -> bytes:
             raise OSError(524, "ENOTSUPP is for the kernel's own use")
 
+        async def read_many(self, *_: object) -> list[bytes]:
+            return [b""]
+
     sysfs = Sysfs(tmp_path, Files())
 
     assert "no reason given (EIO)" in (await refusal(sysfs, FILE, "1")).detail
     with pytest.raises(GpudError, match=r"own use \(524\)"):
         await sysfs.config_header(GPU, 1)
+    assert await sysfs.config_headers([GPU], 1) == {GPU: b""}
 
 
 def test_text_is_stripped_and_none_where_there_is_none(sysfs: Sysfs, tmp_path: Path) -> None:

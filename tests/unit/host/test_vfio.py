@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpud.errors import Code, GpudError
-from gpud.host import iommu, pci
+from gpud.host import iommu, livebus, pci
+from gpud.host.kernelfiles import InChildren
 from gpud.host.patience import Limits
-from gpud.host.sysfs import InChildren, Sysfs, attribute
+from gpud.host.sysfs import Sysfs, attribute
 from gpud.host.vfio import Handover
 from gpud.model import PciAddress
 from tests.unit.fakes.kernel import FakeKernel
@@ -483,6 +484,8 @@ def crashing(kernel: FakeKernel, survived: int, *, after: bool) -> Sysfs:
         async def read(self, file: Path, size: int, timeout_s: float) -> bytes:
             return await kernel.read(file, size, timeout_s)
 
+        read_many = kernel.read_many
+
     return Sysfs(kernel.sysfs.root, Files())
 
 
@@ -542,17 +545,34 @@ async def test_check_tells_what_forbids_a_bind_before_who_is_using_it(
     assert "vfio-pci is not loaded" in unusable.detail
 
 
-async def test_blockers_tell_both(kernel: FakeKernel, handover: Handover) -> None:
-    kernel.add_process(77, "python3", "/dev/vfio/12")
-    kernel.remove_driver("vfio-pci")
-    kernel.pull(AUDIO)
-    tree = pci.read(kernel.sysfs.root)
+async def test_check_believes_nvml_that_nothing_keeps_a_gpu_in_persistence_mode(
+    kernel: FakeKernel, handover: Handover
+) -> None:
+    kernel.add_process(77, "nvidia-persistenced", readable=False)
+    busy = await refusal(handover.check(CARD, {}), Code.GPU_BUSY)
+
+    assert f"nvidia-smi -i {GPU} -pm 0" in busy.detail
+    await handover.check(CARD, {}, persistence_off=[GPU])
+
+
+async def test_obstacles_of_many_cards_are_each_its_own(
+    kernel: FakeKernel, handover: Handover
+) -> None:
+    other = kernel.add_function("0000:42:00.0", driver="nvidia", group=13)
+    held = kernel.add_function("0000:43:00.0", driver="nvidia", group=14)
+    kernel.add_process(77, "python3", "/dev/vfio/14")
+    kernel.add_process(78, "nvidia-persistenced", readable=False)
+    (kernel.home(other) / "reset").unlink()
+    tree = await livebus.read(kernel.sysfs)
     facts = iommu.facts(kernel.sysfs.root, kernel.proc)
+    sets = {tuple(CARD), (other,), (held,)}
 
-    not_loaded, busy = await handover.blockers(CARD[:1], tree, facts, {})
+    found = handover.obstacles(sets, tree, facts, persistence_off=[GPU, other, held])
 
-    assert "vfio-pci is not loaded" in not_loaded
-    assert "in use by python3" in busy
+    assert found.keys() == sets
+    assert found[tuple(CARD)] == ()
+    assert ["cannot be reset" in one.what for one in found[(other,)]] == [True]
+    assert [one.users for one in found[(held,)]] == [("process 77 (python3)",)]
 
 
 # -- through real children -------------------------------------------------------------------------

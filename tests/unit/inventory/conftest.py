@@ -55,12 +55,15 @@ class Server:
         return Inventory(
             parse_config(config),
             self._measure,
-            lambda: self.tree,
+            self._read_pci,
             nvml,
             self.store,
             read_iommu=lambda: self.iommu,
             domains=lambda: self.domains,
         )
+
+    async def _read_pci(self) -> PciTree:
+        return self.tree
 
     def _measure(self) -> Capacity:
         if self.fails is not None:

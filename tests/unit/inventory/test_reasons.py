@@ -86,10 +86,14 @@ def test_what_nvml_says_of_real_cards_is_the_memory_of_their_type(
 
 def test_without_an_iommu_nothing_is_sold() -> None:
     card = only(facts(gpu("3b", iommu_group=None), iommu=NO_IOMMU))
-    assert [one.why for one in card.reasons] == [Why.IOMMU, Why.IOMMU]
+    assert [one.why for one in card.reasons] == [Why.IOMMU]
     assert "the IOMMU is off" in card.why_not[0]
     assert "intel_iommu=on" in card.why_not[0]
-    assert "interrupts are not remapped" in card.why_not[1]
+
+
+def test_without_interrupt_remapping_nothing_is_sold() -> None:
+    card = only(facts(gpu("3b"), iommu=replace(SAFE, interrupt_remapping=False)))
+    assert "does not remap interrupts" in card.why_not[0]
 
 
 def test_a_card_that_the_iommu_leaves_out() -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from gpud.configfile import parse_config
-from gpud.host import capacity, iommu, pci
+from gpud.host import capacity, iommu, livebus
 from gpud.host.nvml import Nvml
+from gpud.host.sysfs import Sysfs
 from gpud.inventory import CardState, Inventory, Why
 from gpud.store import Store
 from tests.unit.fakes import recorded_host
@@ -19,7 +20,7 @@ from tests.unit.fakes.orders import quick_directory
 from tests.unit.fakes.recorded_host import RecordedHost
 from tests.unit.inventory.conftest import CONFIG
 
-pytestmark = pytest.mark.real_command("gcc", Path(sys.executable).name)
+pytestmark = pytest.mark.real_command("gcc", "head", Path(sys.executable).name)
 
 BOARD = "gpus: {nvswitch_board: %s}"
 
@@ -61,7 +62,7 @@ def replay(tmp_path: Path, store: Store, unfold: Unfold, nvml_library: Path) -> 
         view = Inventory(
             parse_config(CONFIG + config),
             partial(capacity.measure, tmp_path, proc=host.proc, sysfs=host.sysfs),
-            partial(pci.read, host.sysfs),
+            partial(livebus.read, Sysfs(host.sysfs)),
             Nvml(env=env, proc=host.proc),
             store,
             read_iommu=partial(iommu.facts, host.sysfs, host.proc),
