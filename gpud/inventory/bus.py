@@ -13,7 +13,7 @@ from gpud.model import PciAddress
 
 _READ_S: Final = 10.0
 _FRESH_S: Final = 5.0
-_SILENT_S: Final = 30.0
+_SILENT_S: Final = 75.0  # the kernel itself gives a function 60 s to come back from a reset
 """A guest may be resetting its card, which is silent meanwhile; a false alarm costs it its disk."""
 
 
@@ -51,7 +51,7 @@ class Bus:
     async def lost(
         self, addresses: Collection[PciAddress], *, fresh: bool = False
     ) -> list[PciAddress]:
-        """Those that are gone from the bus, or were silent at every look for half a minute.
+        """Those that are gone from the bus, or were silent at every look for longer than a reset takes.
 
         However many ask, the bus is read every few seconds at most.
 

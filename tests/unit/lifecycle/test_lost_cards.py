@@ -42,7 +42,7 @@ async def test_a_card_that_is_silent_for_a_moment_costs_no_tenant_anything(
     kernel.hang(f"devices/{GPU}/config")  # its guest resets it
     for _ in range(2):
         await looks(gpud)
-        monotonic.advance(14)
+        monotonic.advance(37)
     kernel.mend(f"devices/{GPU}/config")
     await looks(gpud)
     monotonic.advance(100)
@@ -57,7 +57,7 @@ async def test_a_card_that_stays_silent_ends_its_instance(
     kernel.fall_off(GPU)
     await looks(gpud)
     assert fate(gpud, instance) is Status.RUNNING
-    monotonic.advance(31)
+    monotonic.advance(76)
     assert (await gpud.ended(instance)).status is Status.ERROR
     assert fate(gpud, other) is Status.RUNNING
 
