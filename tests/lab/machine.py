@@ -1,0 +1,186 @@
+"""The emulated GPU server: QEMU with an IOMMU and nested virtualisation, driven over ssh and QMP."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import time
+from pathlib import Path
+
+from tests.lab import hardware
+from tests.lab.qmp import Qmp
+from tests.machine.processes import Program, free_port, output_of
+
+MEMORY_MIB = 5120
+CORES = 4
+
+# Without nested paging, because QEMU 7.2 emulates it wrongly for guests in real mode: now and then one
+# hangs in its boot loader, or overwrites memory of the server. It is no slower.
+_KERNEL_ARGUMENTS = (
+    "root=/dev/vda ro console=ttyS0 quiet intel_iommu=on iommu=pt mitigations=off kvm_amd.npt=0"
+)
+# A systemd credential (systemd.system-credentials(7)): the image itself lets nobody in.
+_KEY_CREDENTIAL = "opt/io.systemd.credentials/ssh.authorized_keys.root"
+_BOOT_TIMEOUT_S = 240
+
+
+class GpuServer:
+    """A GPU server in a box.
+
+    Attributes:
+        missing: Cards that were pulled out.
+
+    Args:
+        image: What ``build.sh`` has made.
+        payload: A disk image with what is installed in it.
+        directory: Where this run keeps its files.
+    """
+
+    def __init__(self, image: Path, payload: Path, directory: Path) -> None:
+        self.directory = directory
+        self._image = image
+        self._payload = payload
+        self._ssh_port = free_port()
+        self.api_port = free_port()
+        self._qemu = Program("QEMU", self._command(), directory / "qemu.log", {})
+        self._qmp: Qmp | None = None
+        self.missing: list[hardware.Card] = []
+
+    async def start(self) -> None:
+        """Make the disks and the key, and boot."""
+        root, base = self.directory / "root.qcow2", self._image / "root.qcow2"
+        await output_of(
+            "qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(base), str(root)
+        )
+        await output_of(
+            "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.directory / "key")
+        )
+        hardware.make_disks(self.directory)
+        self._write_ssh_config()
+        self._qemu.start()
+        await self.wait_for_boot()
+        self._qmp = await Qmp.connect(self.directory / "qmp.sock")
+
+    async def wait_for_boot(self) -> None:
+        """Wait until it lets us in."""
+        deadline = time.monotonic() + _BOOT_TIMEOUT_S
+        while True:
+            try:
+                await self.run("true", timeout_s=20)
+            except AssertionError as error:
+                if not self._qemu.running:
+                    raise AssertionError(f"QEMU ended:\n{self._qemu.tail()}") from error
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(1)
+            else:
+                return
+
+    async def run(self, command: str, timeout_s: float = 60) -> str:
+        """What a command prints that root runs in the server; it must succeed."""
+        return await output_of(*self._ssh(), command, timeout_s=timeout_s)
+
+    async def write(self, file: str, text: str) -> None:
+        """Write a small file in the server, in place."""
+        await self.run(f"cat >{file} <<'END_OF_FILE'\n{text}\nEND_OF_FILE")
+
+    async def press_reset(self) -> None:
+        """Press the reset button, and wait until it is up again. Nothing in it is told beforehand."""
+        await self._leave()
+        await self.qmp.execute("system_reset")
+        await self.wait_for_boot()
+
+    async def pull_out(self, card: hardware.Card) -> None:
+        """Ask for a card to be pulled out; it goes once the server's kernel lets go of it."""
+        await self.qmp.execute("device_del", id=card.name)
+        self.missing.append(card)
+
+    async def gone(self, card: hardware.Card, timeout_s: float = 60) -> None:
+        """Wait until a card that was pulled out is out."""
+        await self.qmp.wait_for("DEVICE_DELETED", timeout_s, device=card.name)
+
+    async def put_in(self, card: hardware.Card) -> None:
+        """Put a card into its slot again."""
+        await self.qmp.execute("device_add", **hardware.card_device(card))
+        self.missing.remove(card)
+
+    async def stop(self) -> None:
+        """Cut the power."""
+        if self._qmp is not None:
+            self._qmp.close()
+        if self._qemu.running:
+            await self._leave()
+            self._qemu.kill()
+
+    @property
+    def qmp(self) -> Qmp:
+        assert self._qmp is not None
+        return self._qmp
+
+    @property
+    def admin_socket(self) -> Path:
+        """Leads to gpud's socket for its operator: the command costs seconds to start here."""
+        return self.directory / "gpud.sock"
+
+    @property
+    def dead(self) -> bool:
+        """Whether its kernel has panicked, as its serial console tells, or QEMU itself has."""
+        console = self.directory / "console.log"
+        panicked = console.exists() and b"Kernel panic" in console.read_bytes()
+        return panicked or not self._qemu.running
+
+    def _ssh(self) -> list[str]:
+        return ["ssh", "-F", str(self.directory / "ssh_config"), "server"]
+
+    async def _leave(self) -> None:
+        """End the shared ssh connection, which would otherwise wait for a server that is gone."""
+        control = [*self._ssh()[:-1], "-O", "exit", "server"]
+        process = await asyncio.create_subprocess_exec(
+            *control, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
+        )
+        await process.wait()
+
+    def _write_ssh_config(self) -> None:
+        # One connection for all commands: a login takes seconds here.
+        (self.directory / "ssh_config").write_text(f"""\
+Host server
+  HostName 127.0.0.1
+  Port {self._ssh_port}
+  User root
+  IdentityFile {self.directory}/key
+  StrictHostKeyChecking no
+  UserKnownHostsFile /dev/null
+  LogLevel ERROR
+  ConnectTimeout 15
+  ControlMaster auto
+  ControlPath {self.directory}/ssh
+  ControlPersist yes
+  StreamLocalBindUnlink yes
+  LocalForward {self.admin_socket} /run/gpud/gpud.sock
+""")
+
+    def _command(self) -> list[str]:
+        here, image = self.directory, self._image
+        forwards = (
+            f"hostfwd=tcp:127.0.0.1:{self._ssh_port}-:22,"
+            f"hostfwd=tcp:127.0.0.1:{self.api_port}-:8443"
+        )
+        options = f"""
+            -machine q35,kernel-irqchip=split -accel tcg,thread=multi -cpu EPYC,+svm
+            -m {MEMORY_MIB} -smp {CORES} -nodefaults -no-user-config -display none
+            -kernel {image}/vmlinuz -initrd {image}/initrd.img
+            -serial file:{here}/console.log -qmp unix:{here}/qmp.sock,server=on,wait=off
+            -fw_cfg name={_KEY_CREDENTIAL},file={here}/key.pub
+            -device intel-iommu,intremap=on -device virtio-rng-pci
+            -drive file={here}/root.qcow2,if=none,id=root,cache=unsafe -device virtio-blk-pci,drive=root
+            -drive file={self._payload},if=none,id=payload,format=raw,readonly=on
+            -device virtio-blk-pci,drive=payload
+            -netdev user,id=uplink,{forwards} -device virtio-net-pci,netdev=uplink
+        """
+        return [
+            "qemu-system-x86_64",
+            *shlex.split(options),
+            "-append",
+            _KERNEL_ARGUMENTS,
+            *hardware.devices(here),
+        ]
