@@ -38,8 +38,10 @@ def nvml_answers(users: dict[Card, int] | None = None) -> str:
 async def nvml_tells_of(server: GpuServer, card: Card, pid: int) -> AsyncIterator[None]:
     """NVML says that a process computes on a card."""
     await server.write(NVML_ANSWERS, nvml_answers({card: pid}))
-    yield
-    await server.write(NVML_ANSWERS, nvml_answers())
+    try:
+        yield
+    finally:
+        await server.write(NVML_ANSWERS, nvml_answers())
 
 
 @asynccontextmanager
@@ -57,8 +59,10 @@ async def held_open(server: GpuServer, *cards: Card) -> AsyncIterator[int]:
     opened = " ".join(f"{number}</dev/{node}" for number, node in enumerate(nodes, start=3))
     as_gpud = "setpriv --reuid gpud --regid gpud --clear-groups"
     pid = int(await server.run(f"{as_gpud} sleep 3600 {opened} >/dev/null 2>&1 & echo $!"))
-    yield pid
-    await server.run(f"kill {pid}")
+    try:
+        yield pid
+    finally:
+        await server.run(f"kill {pid}")
 
 
 @asynccontextmanager
@@ -79,15 +83,17 @@ async def reset_hangs(
     async def let_go() -> None:
         await server.run(f"timeout 10 cat {fifo}")
 
-    async with _instead_of_reset(server, card, fifo):
-        yield let_go
-    await server.run(f"rm {fifo}")
+    try:
+        async with _instead_of_reset(server, card, fifo):
+            yield let_go
+    finally:
+        await server.run(f"rm {fifo}")
 
 
-async def reset_is_asked(server: GpuServer, timeout_s: float = 60) -> None:
-    """Wait until a reset hangs, in the process that was told to write."""
+async def reset_is_asked(server: GpuServer, card: Card, timeout_s: float = 60) -> None:
+    """Wait until a reset of the card hangs, in the process that gpud has told to ask for it."""
     async with asyncio.timeout(timeout_s):
-        while not (await server.run("pgrep -f of=/sys/.*/reset || true")).strip():
+        while f"{card.address}/reset " not in await server.run("ps -C dd -o args= || true"):
             await asyncio.sleep(0.5)
 
 
@@ -96,6 +102,8 @@ async def _instead_of_reset(server: GpuServer, card: Card, file: str) -> AsyncIt
     """Another file in place of the one through which the kernel is asked for a reset."""
     reset = f"$(realpath /sys/bus/pci/devices/{card.address})/reset"
     await server.run(f"mount --bind {file} {reset}")
-    yield
-    # A card that was pulled out meanwhile has taken the mount with it.
-    await server.run(f"mountpoint -q {reset} && umount {reset} || true")
+    try:
+        yield
+    finally:
+        # A card that was pulled out meanwhile has taken the mount with it.
+        await server.run(f"mountpoint -q {reset} && umount {reset} || true")
