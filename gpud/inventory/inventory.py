@@ -133,7 +133,7 @@ class Inventory:
     async def lost(
         self, addresses: Collection[PciAddress], *, fresh: bool = False
     ) -> list[PciAddress]:
-        """Which of the PCI functions are gone from the bus, or have been silent for longer than a reset takes.
+        """Which PCI functions are gone from the bus, or silent for longer than a reset takes.
 
         Args:
             addresses: The functions.
