@@ -14,8 +14,8 @@ from tests.machine.processes import Program, free_port, output_of
 MEMORY_MIB = 5120
 CORES = 4
 
-# Without nested paging: with it, emulated by QEMU 7.2, now and then a guest hung in its boot loader or the
-# server's kernel panicked, presumably over guests in real mode. A whole guest boots a minute slower so.
+# Without nested paging: with it, as QEMU 7.2 emulates it, now and then a guest hung in its boot loader or
+# the server's kernel panicked, presumably over guests in real mode. Without it, boots take longer.
 _KERNEL_ARGUMENTS = (
     "root=/dev/vda ro console=ttyS0 quiet intel_iommu=on iommu=pt mitigations=off kvm_amd.npt=0"
 )
