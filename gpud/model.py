@@ -45,6 +45,11 @@ class PciAddress:
             raise ValueError(f"{text!r} is not a PCI address such as 0000:3b:00.0")
         return cls(*(int(part, 16) for part in found.groups()))
 
+    @property
+    def slot(self) -> tuple[int, int, int]:
+        """Domain, bus and device: what the functions of one card share."""
+        return self.domain, self.bus, self.device
+
     def __str__(self) -> str:
         return f"{self.domain:04x}:{self.bus:02x}:{self.device:02x}.{self.function}"
 

@@ -140,9 +140,8 @@ class Admin:
 
     async def _changed(self, address: PciAddress, event: str, **context: str) -> web.Response:
         _log.warning(event, gpu=str(address), **context)
-        with suppress(
-            GpudError, OSError
-        ):  # what was asked for is done; the host is read again soon
+        # What was asked for is done, whether the host can be read just now or not.
+        with suppress(GpudError, OSError):
             await self._inventory.refresh()
         card = self._inventory.card(address)
         return web.json_response({"gpu": card.as_json() if card is not None else None})

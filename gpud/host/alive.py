@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from gpud.host.pci import PciFunction
+from gpud.host.pci import PciFunction, memory_bars
 from gpud.host.sysfs import CONFIG_HEADER_BYTES, Sysfs, attribute
-from gpud.model import PciAddress
 
 _ABSENT: Final = {0xFFFF, 0x0001}
 """Vendor ids of no vendor: nothing answers, or it asks to be asked again (PCIe 6.0, 2.3.2)."""
@@ -20,10 +19,7 @@ _AWAKE: Final = {None, "D0", "unknown"}
 
 _COMMAND: Final = 0x04
 _COMMAND_RESERVED: Final = 0xF800
-_BAR_COUNT: Final = 6
 _FIRST_BAR: Final = 0x10
-_MEMORY: Final = 0x0000_0200  # flags of a line in ``resource`` (include/linux/ioport.h)
-_64_BIT: Final = 0x0010_0000
 _BAR_FLAGS: Final = 0xF  # bits of a BAR that are no part of the address
 
 
@@ -74,25 +70,17 @@ def _identity(header: bytes, expected: PciFunction) -> Iterator[str]:
 def _bars(sysfs: Sysfs, header: bytes, expected: PciFunction) -> Iterator[str]:
     """The BARs are as large as before, and the device still knows where they are."""
     sizes = []
-    for index, first, last, flags in _memory(sysfs, expected.address):
-        sizes.append(last - first + 1)
+    resource = sysfs.text(attribute(expected.address, "resource")) or ""
+    for index, first, bar in memory_bars(resource):
+        sizes.append(bar.size_bytes)
         offset = _FIRST_BAR + 4 * index
-        width = 8 if flags & _64_BIT else 4
+        width = 8 if bar.is_64bit else 4
         programmed = int.from_bytes(header[offset : offset + width], "little") & ~_BAR_FLAGS
         if programmed != first:
             yield f"its BAR {index} points to {programmed:#x}, and belongs at {first:#x}"
     before = [bar.size_bytes for bar in expected.bars]
     if sizes != before:
         yield f"its BARs have {_listed(sizes)} bytes, and had {_listed(before)}"
-
-
-def _memory(sysfs: Sysfs, address: PciAddress) -> Iterator[tuple[int, int, int, int]]:
-    """The memory BARs in ``resource``: index, first and last address, flags."""
-    lines = (sysfs.text(attribute(address, "resource")) or "").splitlines()
-    for index, line in enumerate(lines[:_BAR_COUNT]):
-        first, last, flags = (int(field, 16) for field in line.split())
-        if flags & _MEMORY and last > first:
-            yield index, first, last, flags
 
 
 def _listed(sizes: list[int]) -> str:

@@ -12,8 +12,9 @@ from __future__ import annotations
 from functools import partial
 
 from gpud.errors import Code, GpudError
-from gpud.host.blockers import VFIO_PCI, awake_files
+from gpud.host.blockers import awake_files
 from gpud.host.patience import Limits, Patience
+from gpud.host.pci import VFIO_PCI
 from gpud.host.sysfs import DRIVERS, DRIVERS_PROBE, Sysfs, SysfsError, attribute
 from gpud.model import PciAddress
 

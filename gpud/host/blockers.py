@@ -15,12 +15,9 @@ from gpud.host import iommu
 from gpud.host.holders import Holders, node_names
 from gpud.host.iommu import IommuFacts
 from gpud.host.obstacle import Obstacle
-from gpud.host.pci import PciFunction, PciTree
+from gpud.host.pci import VFIO_PCI, PciFunction, PciTree
 from gpud.host.sysfs import DRIVERS, DRIVERS_PROBE, Sysfs, attribute
 from gpud.model import PciAddress
-
-VFIO_PCI: Final = "vfio-pci"
-"""The driver that gives a function to a guest."""
 
 _VIABLE: Final = frozenset({None, VFIO_PCI, "pci-stub"})
 """Drivers that the other members of a group may have (drivers/vfio: a group is viable with these)."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from gpud.host.pci import PciFunction
+from gpud.host.pci import NVIDIA_DRIVER, PciFunction
 from gpud.host.sysfs import DEVICES, Sysfs
 from gpud.model import PciAddress
 
@@ -106,7 +106,7 @@ class Holders:
 
     def _keepers(self, function: PciFunction) -> set[str]:
         """The daemons that hold a function for as long as they run."""
-        if function.driver != "nvidia":
+        if function.driver != NVIDIA_DRIVER:
             return set()
         return _KEEPERS - ({_PERSISTENCED} if function.address in self._persistence_off else set())
 

@@ -8,7 +8,7 @@ reader waits while a driver does not let go of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -17,6 +17,12 @@ from gpud.model import PciAddress
 
 NVIDIA: Final = 0x10DE
 """NVIDIA's PCI vendor id."""
+
+NVIDIA_DRIVER: Final = "nvidia"
+"""The driver through which NVML sees a card."""
+
+VFIO_PCI: Final = "vfio-pci"
+"""The driver that gives a function to a guest."""
 
 _HOST_BRIDGE: Final = 0x0600
 _BRIDGE: Final = 0x0604
@@ -151,8 +157,7 @@ class PciTree:
 
     def card(self, address: PciAddress) -> tuple[PciFunction, ...]:
         """The functions that sit in the slot of ``address``: a GPU with its audio, USB and UCSI."""
-        slot = _slot(address)
-        return tuple(one for one in self.functions.values() if _slot(one.address) == slot)
+        return tuple(one for one in self.functions.values() if one.address.slot == address.slot)
 
     def with_headers(self, headers: Mapping[PciAddress, bytes]) -> PciTree:
         """The same functions with what each said of itself."""
@@ -178,10 +183,6 @@ def read(sysfs: Path = Path("/sys")) -> PciTree:
     found = (_function(link) for link in _entries(devices))
     functions = {one.address: one for one in found if one is not None}
     return PciTree({address: functions[address] for address in sorted(functions)})
-
-
-def _slot(address: PciAddress) -> tuple[int, int, int]:
-    return address.domain, address.bus, address.device
 
 
 def _entries(directory: Path) -> list[Path]:
@@ -262,16 +263,20 @@ def _upstream(link: Path) -> tuple[PciAddress, ...]:
 
 
 def _bars(file: Path) -> tuple[Bar, ...]:
-    lines = _text(file).splitlines()[:_BAR_COUNT]
-    return tuple(bar for bar in map(_bar, lines) if bar is not None)
+    return tuple(bar for _, _, bar in memory_bars(_text(file)))
 
 
-def _bar(line: str) -> Bar | None:
-    """One line of ``resource``: first address, last address, flags. Zeros where there is no BAR."""
-    try:
-        first, last, flags = (int(field, 16) for field in line.split())
-    except ValueError:
-        return None
-    if not flags & _MEMORY or last <= first:
-        return None
-    return Bar(last - first + 1, bool(flags & _64_BIT), bool(flags & _PREFETCHABLE))
+def memory_bars(resource: str) -> Iterator[tuple[int, int, Bar]]:
+    """The memory BARs that the text of a function's ``resource`` tells of.
+
+    Yields:
+        Each one's index, the first address that the kernel gave it, and what it is.
+    """
+    for index, line in enumerate(resource.splitlines()[:_BAR_COUNT]):
+        try:
+            first, last, flags = (int(field, 16) for field in line.split())
+        except ValueError:
+            continue
+        if flags & _MEMORY and last > first:  # zeros where there is no BAR
+            kind = bool(flags & _64_BIT), bool(flags & _PREFETCHABLE)
+            yield index, first, Bar(last - first + 1, *kind)

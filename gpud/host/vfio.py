@@ -21,12 +21,11 @@ from pathlib import Path
 from gpud.errors import Code, GpudError
 from gpud.host import alive, blockers, iommu, livebus
 from gpud.host.binding import Binding
-from gpud.host.blockers import VFIO_PCI
 from gpud.host.holders import Holders, Process
 from gpud.host.iommu import IommuFacts
 from gpud.host.obstacle import Obstacle
 from gpud.host.patience import DEFAULT_LIMITS, Limits, Patience
-from gpud.host.pci import PciFunction, PciTree
+from gpud.host.pci import VFIO_PCI, PciFunction, PciTree
 from gpud.host.reset import reset_function
 from gpud.host.sysfs import Sysfs, SysfsError, attribute
 from gpud.model import PciAddress

@@ -104,7 +104,7 @@ def start_timeout_s(base_s: float, memory_mib: int, gpus: int) -> float:
 
 
 def _by_slot(functions: Iterable[PciAddress]) -> list[list[PciAddress]]:
-    by_slot = groupby(sorted(set(functions)), lambda at: (at.domain, at.bus, at.device))
+    by_slot = groupby(sorted(set(functions)), lambda at: at.slot)
     return [list(slot) for _, slot in by_slot]
 
 

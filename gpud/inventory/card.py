@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -180,7 +180,6 @@ class Card:
 
     def as_json(self) -> dict[str, Any]:
         """The card for programs: ``gpud gpus --json`` and the operator's socket."""
-        health = self.health
         return {
             "address": str(self.address),
             "ids": self.ids,
@@ -212,11 +211,5 @@ class Card:
             "bundle": self.bundle or None,
             "nvlink": self.nvlink or None,
             "stand_in": self.stand_in,
-            "temperature_c": health.temperature_c,
-            "power_w": health.power_w,
-            "memory_used_mib": health.memory_used_mib,
-            "ecc_uncorrected": health.ecc_uncorrected,
-            "retired_pages": health.retired_pages,
-            "vbios": health.vbios,
-            "inforom": health.inforom,
+            **asdict(self.health),
         }

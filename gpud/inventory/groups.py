@@ -32,12 +32,12 @@ class Groups:
             if function.iommu_group is not None:
                 self._groups[function.iommu_group].append(function)
             if not (function.is_bridge or is_virtual(function)):
-                self._slots[_slot(function.address)].append(function)
+                self._slots[function.address.slot].append(function)
         self.switches = tuple(one for one in tree.functions.values() if one.is_nvswitch)
 
     def slot(self, address: PciAddress) -> tuple[PciFunction, ...]:
         """The functions that one card has; bridges and virtual functions are none of them."""
-        return tuple(self._slots.get(_slot(address), ()))
+        return tuple(self._slots.get(address.slot, ()))
 
     def around(self, functions: Iterable[PciFunction]) -> tuple[PciFunction, ...]:
         """Everything in the IOMMU groups of ``functions``, themselves included."""
@@ -53,7 +53,3 @@ def components(pairs: Iterable[tuple[PciAddress, PciAddress]]) -> dict[PciAddres
         sets = [one for one in sets if one not in touched]
         sets.append(frozenset(pair).union(*touched))
     return {member: str(min(one)) for one in sets if len(one) > 1 for member in one}
-
-
-def _slot(address: PciAddress) -> tuple[int, int, int]:
-    return address.domain, address.bus, address.device

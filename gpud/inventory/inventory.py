@@ -18,7 +18,7 @@ from gpud.host import iommu
 from gpud.host.capacity import Capacity
 from gpud.host.iommu import IommuFacts
 from gpud.host.nvml import Nvml, NvmlReport
-from gpud.host.pci import PciTree
+from gpud.host.pci import NVIDIA_DRIVER, PciTree
 from gpud.host.vfio import Handover
 from gpud.inventory.bus import Bus
 from gpud.inventory.card import Card
@@ -26,7 +26,6 @@ from gpud.inventory.facts import Facts, NvmlView, Record
 from gpud.inventory.identity import as_it_is, news
 from gpud.inventory.merge import merge
 from gpud.inventory.obstacles import Obstacles
-from gpud.inventory.reasons import NVIDIA_DRIVER
 from gpud.inventory.room import room_for_guests, stand_ins
 from gpud.inventory.sighting import Sighting, sightings
 from gpud.model import Host, Instance, PciAddress

@@ -8,15 +8,13 @@ from typing import Final
 
 from gpud.config import Gpus
 from gpud.host import iommu
-from gpud.host.pci import PciFunction
+from gpud.host.pci import NVIDIA_DRIVER, PciFunction
 from gpud.inventory import pciclass
 from gpud.inventory.card import Member, Reason, Why
 from gpud.inventory.facts import Facts
 from gpud.inventory.groups import is_virtual
 from gpud.inventory.sighting import Sighting
 from gpud.model import GPU_TYPES, Quarantine
-
-NVIDIA_DRIVER: Final = "nvidia"
 
 _MEMORY_TOLERANCE: Final = 0.1
 """What NVML calls memory is up to 7 % below the name of the card: ECC and the driver take some."""

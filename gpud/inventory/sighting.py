@@ -8,12 +8,10 @@ from typing import Final
 
 from gpud.config import Gpus
 from gpud.host.nvml import NvmlGpu
-from gpud.host.pci import PciFunction
+from gpud.host.pci import VFIO_PCI, PciFunction
 from gpud.inventory.facts import Claim, Facts, Record
 from gpud.inventory.groups import Groups, is_virtual
 from gpud.model import GPU_TYPES, KnownCard, PciAddress, Quarantine
-
-VFIO_PCI: Final = "vfio-pci"
 
 _TYPE_OF_IDS: Final = {
     f"10de:{device:04x}": gpu_type.identifier

@@ -169,8 +169,9 @@ class CardSteps:
 
     def _faults(self, instance: Instance) -> list[str]:
         faults = []
+        cards = {card.address: card for card in self._inventory.cards}
         for gpu in instance.grant.gpus:
-            card = self._inventory.card(gpu.address)
+            card = cards.get(gpu.address)
             if card is None:
                 told: tuple[str, ...] = ("it is not on the bus",)
             else:

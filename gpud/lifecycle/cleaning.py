@@ -23,7 +23,6 @@ from gpud.store import Store
 
 _log = structlog.get_logger()
 
-_NVIDIA_DRIVER: Final = "nvidia"
 _IDLE_MEMORY_MIB: Final = 64
 """What a driver may keep of an idle card's memory for itself; more is somebody's."""
 _ASK_AGAIN_S: Final = 5.0
@@ -120,7 +119,7 @@ class Cleaner:
 
     async def sick(self, former: Drivers, gpus: Iterable[PciAddress]) -> dict[PciAddress, str]:
         """Those GPUs, of those back with NVIDIA's driver, that NVML does not find idle and well."""
-        watched = [gpu for gpu in gpus if former.get(gpu) == _NVIDIA_DRIVER]
+        watched = [gpu for gpu in gpus if former.get(gpu) == pci.NVIDIA_DRIVER]
         if self._nvml is None or not watched:
             return {}
         report = await self._report()

@@ -12,6 +12,8 @@ import pytest
 import pytest_socket
 from hypothesis import settings
 
+from tests.fake_nvml import library
+
 # A busy machine makes an example slow, not wrong.
 settings.register_profile("gpud", deadline=None, max_examples=60)
 settings.load_profile("gpud")
@@ -58,6 +60,12 @@ def program_fence(request: pytest.FixtureRequest) -> Iterator[ProgramFence]:
     yield _FENCE
     _FENCE.allowed = None
     assert not _FENCE.stopped, f'name them: @pytest.mark.real_command("{_FENCE.stopped[0]}")'
+
+
+@pytest.fixture(scope="session")
+def nvml_library() -> Path:
+    """The directory of a ``libnvidia-ml.so.1`` that says what a text file says."""
+    return library.build()
 
 
 @pytest.fixture(autouse=True)

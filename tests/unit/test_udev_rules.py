@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from gpud.host.blockers import VFIO_PCI
+from gpud.host.pci import VFIO_PCI
 from tests.unit.fakes import recorded_host
 
 RULES = Path(__file__).parents[2] / "systemd/71-gpud.rules"

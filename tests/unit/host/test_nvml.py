@@ -60,11 +60,6 @@ def card(bus: int, *lines: str, like: str = RTX_4090) -> str:
 Asked = Callable[..., Nvml]
 
 
-@pytest.fixture(scope="session")
-def nvml_library() -> Path:
-    return library.build()
-
-
 @pytest.fixture
 def on(tmp_path: Path, nvml_library: Path) -> Asked:
     """NVML on a host with these cards."""

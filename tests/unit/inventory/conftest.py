@@ -16,7 +16,6 @@ from gpud.host.pci import PciFunction, PciTree
 from gpud.inventory import Inventory
 from gpud.model import Gpu, Instance, NumaNode, PciAddress, Step
 from gpud.store import Store
-from tests.fake_nvml import library
 from tests.unit.fakes.orders import grant, granting, order, quick_directory
 from tests.unit.inventory.parts import SAFE, tree
 
@@ -95,11 +94,6 @@ def server(store: Store) -> Server:
 
 
 NvmlOn = Callable[..., Nvml]
-
-
-@pytest.fixture(scope="session")
-def nvml_library() -> Path:
-    return library.build()
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from gpud.host.nvml import Nvml
 from gpud.hypervisor import connection
 from gpud.inventory import bus
 from gpud.lifecycle import guests, worker
-from tests.fake_nvml import library
 from tests.unit.fakes.kernel import FakeKernel
 from tests.unit.fakes.libvirt_daemon import LibvirtDaemon
 from tests.unit.fakes.orders import Clock, quick_directory
@@ -88,11 +87,6 @@ async def image(state_dir: Path, qemu_img: QemuImg) -> str:  # noqa: ARG001 - ha
     source.write_bytes(base_image())
     added = await ImageStore(state_dir / "images").add(source, "base")
     return added.digest
-
-
-@pytest.fixture(scope="session")
-def nvml_library() -> Path:
-    return library.build()
 
 
 @pytest.fixture
