@@ -47,7 +47,9 @@ lint: $(VENV)/.ready ## linters, types, layering
 	shellcheck tests/setup.sh tests/guest/build.sh tests/lab/*.sh .ci/run cloud-init/*.sh
 
 unit: $(VENV)/.ready ## unit tests, with coverage
-	$(BIN)/pytest tests/unit --numprocesses 2 --cov --cov-report=term --cov-fail-under=95
+	$(BIN)/pytest tests/unit --numprocesses 2 --dist worksteal --cov --cov-report=term --cov-fail-under=95
+	@$(BIN)/coverage report --include='gpud/lifecycle/*' --fail-under=100 >/dev/null || \
+		{ echo "unit: an order's life is tested in every branch, and is not any more" >&2; exit 1; }
 
 machine: setup ## tests on real libvirt and QEMU
 	$(BIN)/pytest tests/machine -v --timeout=900 --numprocesses 2

@@ -168,14 +168,14 @@ def _file(path: str, content: str, permissions: str) -> dict[str, str]:
     return {"path": path, "permissions": permissions, "content": content}
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(yaml.CSafeDumper):
     """Writes texts of several lines as blocks, and says everything in full."""
 
     def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002 - PyYAML's signature
         return True
 
 
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+def _represent_text(dumper: yaml.CSafeDumper, text: str) -> yaml.ScalarNode:
     # YAML 1.1 takes 52:54:00:12:34:56 for a number in base 60 (its "int" type), hence the quotes.
     style = "|" if "\n" in text else '"' if ":" in text else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)

@@ -18,6 +18,7 @@ from tests.fake_nvml import library
 settings.register_profile("gpud", deadline=None, max_examples=60)
 settings.load_profile("gpud")
 
+_SHARED_MEMORY = Path("/dev/shm")
 _STARTS_A_PROGRAM = {"subprocess.Popen", "os.system", "os.posix_spawn", "os.exec"}
 
 
@@ -46,6 +47,8 @@ _FENCE = ProgramFence()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if _SHARED_MEMORY.is_dir():  # hosts are laid out by the hundred
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_SHARED_MEMORY))
     config.addinivalue_line(
         "markers", "real_command(*programs): the test runs these programs for real"
     )

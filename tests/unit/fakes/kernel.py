@@ -205,6 +205,9 @@ class FakeKernel:
     def refuse(self, address: PciAddress, driver: str) -> None:
         self._functions[address].refused.add(driver)
 
+    def accept(self, address: PciAddress, driver: str) -> None:
+        self._functions[address].refused.discard(driver)
+
     def unconfirm(self, address: PciAddress, method: str) -> None:
         self._functions[address].unconfirmed.add(method)
 

@@ -159,6 +159,7 @@ class Guest:
             for target in self.xml.iterfind("devices/channel/target[@type='virtio']")
         }
         self._daemon = daemon
+        self._started = b""
 
     def prints(self, output: bytes) -> None:
         self.console.write(output)
@@ -170,8 +171,15 @@ class Guest:
     def boots(self) -> str:
         """Boot with the startup script started; returns the boot id."""
         boot_id = str(uuid4())
-        self.reports(f"gpud1 started {boot_id}\n".encode())
+        self._started = f"gpud1 started {boot_id}\n".encode()
+        self.reports(self._started)
         return boot_id
+
+    def listen(self, name: str, stream: Stream) -> None:
+        """Connect to a channel. A guest says again and again that its script was started."""
+        self.channels[name].connect(stream)
+        if self._started:
+            self.channels[name].write(self._started)
 
     def powers_off(self) -> None:
         self._daemon.remove(self.uuid, libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN)
@@ -231,7 +239,7 @@ class DomainHandle:
 
     @api
     def openChannel(self, name: str, stream: Stream, _flags: int) -> int:
-        self._here().channels[name].connect(stream)
+        self._here().listen(name, stream)
         return 0
 
     def _here(self) -> Guest:

@@ -67,7 +67,7 @@ def unfold(name: str, root: Path) -> RecordedHost:
 
 def unfold_directory(recorded: Path, root: Path) -> RecordedHost:
     """Unfold a server from wherever it was recorded to, such as one's own."""
-    host = yaml.safe_load((recorded / "host.yaml").read_text())
+    host = yaml.load((recorded / "host.yaml").read_text(), yaml.CSafeLoader)
     _unfold_functions(host["functions"], root / "sys")
     _unfold_nodes(host["nodes"], root / "sys/devices/system/node", root / "proc")
     for parameter in host["modules"]:

@@ -53,7 +53,8 @@ async def test_another_program_reads_the_same_tree(tmp_path: Path) -> None:
     await write_seed(seed, FILES)
 
     listed = await command.run(
-        "xorriso", "-osirrox", "on", "-indev", seed, "-lsl", "/", "--", "-extract", "/", tmp_path / "out",
+        "xorriso", "-osirrox", "on", "-indev", f"stdio:{seed}",
+        "-lsl", "/", "--", "-extract", "/", tmp_path / "out",
         timeout_s=20,
     )  # fmt: skip
 

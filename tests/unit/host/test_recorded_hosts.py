@@ -30,9 +30,11 @@ SAFE = IommuFacts(
 )
 
 
-@pytest.fixture(params=recorded_host.names())
-def any_host(request: pytest.FixtureRequest, tmp_path: Path) -> RecordedHost:
-    return recorded_host.unfold(request.param, tmp_path)
+@pytest.fixture(scope="module", params=recorded_host.names())
+def any_host(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> RecordedHost:
+    return recorded_host.unfold(request.param, tmp_path_factory.mktemp("host"))
 
 
 class Host:

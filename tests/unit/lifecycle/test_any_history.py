@@ -59,7 +59,7 @@ WORLD = [
 ]
 TURNS = st.integers(0, 30)
 ENOUGH = settings(
-    max_examples=25,
+    max_examples=12,
     stateful_step_count=20,
     deadline=None,
     suppress_health_check=list(HealthCheck),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,6 +196,78 @@ async def test_a_card_pulled_from_a_running_guest_ends_the_instance_as_an_error(
     assert await sellable(gpud) == [OTHER]
 
 
+@pytest.mark.parametrize("step", [Step.CHECK_GPUS, Step.BIND_GPUS, Step.START_DOMAIN])
+async def test_a_card_pulled_before_its_guest_starts_fails_the_order(
+    start_gpud: StartGpud, kernel: FakeKernel, libvirtd: LibvirtDaemon, step: Step
+) -> None:
+    hold = Hold(step, after=False)
+    gpud = await start_gpud(hold)
+    instance = await gpud.order()
+    await hold.reached.wait()
+    for function in (GPU, AUDIO):
+        kernel.pull(function)
+    hold.open.set()
+    assert str(GPU) in await why_it_failed(gpud, instance)
+    assert "createXML" not in libvirtd.calls
+    assert await sellable(gpud) == [OTHER]
+
+
+@pytest.mark.parametrize("confirmed", [False, True])
+async def test_a_card_that_leaves_between_two_looks_fails_the_order(
+    start_gpud: StartGpud, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch, confirmed: bool
+) -> None:
+    hold = Hold(Step.CHECK_GPUS, after=False)
+    gpud = await start_gpud(hold)
+    instance = await gpud.order()
+    await hold.reached.wait()
+    refresh = gpud.inventory.refresh
+
+    async def pulled_and_refreshed() -> None:
+        kernel.pull(GPU)
+        monkeypatch.setattr(gpud.inventory, "refresh", refresh)
+        await refresh()
+        if confirmed:  # that it was taken out
+            await gpud.inventory.confirm(GPU)
+
+    monkeypatch.setattr(gpud.inventory, "refresh", pulled_and_refreshed)
+    hold.open.set()
+    fault = "it is not on the bus" if confirmed else "fell off the bus"
+    assert f"GPU {GPU}: {fault}" in await why_it_failed(gpud, instance)
+
+
+async def test_a_guest_that_has_run_waits_for_a_card_that_cannot_be_bound(
+    start_gpud: StartGpud, kernel: FakeKernel, libvirtd: LibvirtDaemon
+) -> None:
+    """As after a reboot of the server, when the cards are on their own drivers again."""
+    gpud = await start_gpud()
+    instance = await gpud.running()
+    await gpud.kill()
+    rebooted = make_server(kernel.root.parent / "rebooted")
+    rebooted.refuse(GPU, "vfio-pci")
+    libvirtd.guests.clear()
+    gpud = await start_gpud(server=rebooted)
+    await until(lambda: [path for path, _ in rebooted.writes].count("drivers_probe") > 4)
+    assert "createXML" not in libvirtd.calls[libvirtd.calls.index("createXML") + 1 :]
+    rebooted.accept(GPU, "vfio-pci")
+    assert (await gpud.reach(instance, Step.RUNNING)).status is Status.RUNNING
+    assert quarantines(gpud) == {}
+
+
+async def test_what_no_step_foresaw_is_tried_again(
+    gpud: Gpud, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = gpud.cleaner.take
+
+    async def breaks_once(_functions: Collection[PciAddress]) -> None:
+        monkeypatch.setattr(gpud.cleaner, "take", take)
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(gpud.cleaner, "take", breaks_once)
+    await gpud.deleted(await gpud.running())
+    assert set(drivers(kernel).values()) == AS_FOUND
+    assert quarantines(gpud) == {}
+
+
 async def test_a_card_pulled_from_a_booting_guest_fails_the_order(
     gpud: Gpud, kernel: FakeKernel, libvirtd: LibvirtDaemon
 ) -> None:
@@ -224,6 +296,8 @@ async def test_an_operators_quarantine_keeps_a_card_from_the_next_instance_only(
 
 async def test_a_card_that_an_instance_has_is_not_released(gpud: Gpud) -> None:
     instance = await gpud.running()
+    await gpud.store.quarantine(OTHER, "fans rattle")
+    assert await gpud.cleaner.release(OTHER)
     await gpud.store.quarantine(GPU, "fans rattle")
     with pytest.raises(GpudError, match=instance.upstream_id):
         await gpud.cleaner.release(GPU)
@@ -397,8 +471,16 @@ async def test_what_nvml_tells_of_a_card_after_a_guest_decides_whether_it_is_sol
     instance = await gpud.running()
     text.write_text(NVML_OF.format(GPU, *told) + NVML_OF.format(OTHER, *IDLE))
     await gpud.deleted(instance)
-    assert quarantines(gpud).get(GPU, "") == "" if why is None else why in quarantines(gpud)[GPU]
     assert OTHER not in quarantines(gpud)
+    if why is None:
+        assert GPU not in quarantines(gpud)
+        return
+    assert why in quarantines(gpud)[GPU]
+    with pytest.raises(GpudError, match=why):
+        await gpud.cleaner.release(GPU)
+    text.write_text("".join(NVML_OF.format(gpu, *IDLE) for gpu in (GPU, OTHER)))
+    assert await gpud.cleaner.release(GPU)
+    assert await sellable(gpud) == [GPU, OTHER]
 
 
 @pytest.mark.real_command(Path(sys.executable).name)
