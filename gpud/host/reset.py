@@ -47,6 +47,9 @@ KERNELS_CHOICE: Final = "kernel's choice"
 _RANK: Final = {name: float(rank) for rank, name in enumerate(STRONGEST_FIRST)}
 _UNKNOWN_RANK: Final = _RANK["pm"] - 0.5  # a name from a newer kernel is no worse than that
 
+_MAYBE_ANOTHER: Final = {errno.EINVAL, errno.ENOTTY}
+"""How the kernel says that it was the method that failed."""
+
 _log = structlog.get_logger()
 
 
@@ -55,32 +58,75 @@ def by_strength(methods: list[str]) -> list[str]:
     return sorted(methods, key=lambda name: _RANK.get(name, _UNKNOWN_RANK))
 
 
-async def reset_function(sysfs: Sysfs, address: PciAddress, limits: Limits) -> str | None:
-    """Reset one function by its strongest method.
+class Resets:
+    """Resets functions, one at a time each.
 
-    Returns:
-        The method; None for a companion (any function but a card's first) that has none.
-
-    Raises:
-        GpudError: ``gpu_unusable``: it has no reset, or the kernel could not do it.
+    Args:
+        sysfs: The tree.
+        limits: How long the kernel may take.
     """
-    listed = sysfs.text(attribute(address, "reset_method"))
-    if listed == "" or not sysfs.exists(attribute(address, "reset")):
-        if address.function == 0:
-            raise _no_method(address)
-        return None
-    if listed is None:
-        await sysfs.write(attribute(address, "reset"), "1", limits.reset_s)
-        return KERNELS_CHOICE
-    try:
-        method = await _strongest_that_works(sysfs, address, listed, limits)
-    except SysfsError as error:
-        if error.errno is not None:  # else the function is stuck, and this write would be as well
-            with contextlib.suppress(SysfsError):
-                await _restore(sysfs, address, listed, limits.write_s)
-        raise
-    await _restore(sysfs, address, listed, limits.write_s)
-    return method
+
+    def __init__(self, sysfs: Sysfs, limits: Limits) -> None:
+        self._sysfs = sysfs
+        self._limits = limits
+        self._found: dict[PciAddress, str] = {}
+        """Lists as they were, of functions whose reset did not come back and let nobody restore them."""
+
+    async def reset(self, address: PciAddress) -> str | None:
+        """Reset one function by its strongest method.
+
+        Returns:
+            The method; None for a companion (any function but a card's first) that has none.
+
+        Raises:
+            GpudError: ``gpu_unusable``: it has no reset, or the kernel could not do it.
+        """
+        sysfs, limits = self._sysfs, self._limits
+        listed = self._listed(address)
+        if listed == "" or not sysfs.exists(attribute(address, "reset")):
+            if address.function == 0:
+                raise _no_method(address)
+            return None
+        if listed is None:
+            await sysfs.write(attribute(address, "reset"), "1", limits.reset_s)
+            return KERNELS_CHOICE
+        try:
+            method = await _strongest_that_works(sysfs, address, listed, limits)
+        except SysfsError as error:
+            self._found[address] = listed
+            if error.errno in _MAYBE_ANOTHER and " " not in listed:
+                # Perhaps a reset that hung, before the daemon was restarted, left only this one.
+                file = sysfs.root / attribute(address, "reset_method")
+                error.hint = f"`echo default >{file}` has the kernel offer all methods it knows"
+            if (
+                error.errno is not None
+            ):  # else the function is stuck, and this write would be as well
+                with contextlib.suppress(SysfsError):
+                    await self._restore(address, listed)
+            raise
+        await self._restore(address, listed)
+        return method
+
+    def _listed(self, address: PciAddress) -> str | None:
+        """What the kernel lists, or listed before a method was chosen that never came back."""
+        listed = self._sysfs.text(attribute(address, "reset_method"))
+        found = self._found.get(address, "")
+        return found if listed in found.split() else listed
+
+    async def _restore(self, address: PciAddress, listed: str) -> None:
+        """Put back the list as it was found, which an operator may have set.
+
+        One that promised too much is not taken back; the kernel then makes a new one.
+        """
+        path = attribute(address, "reset_method")
+        if self._sysfs.text(path) != listed:
+            try:
+                await self._sysfs.write(path, listed, self._limits.write_s)
+            except SysfsError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                await self._sysfs.write(path, "default", self._limits.write_s)
+        self._found.pop(address, None)
 
 
 async def _strongest_that_works(
@@ -104,25 +150,9 @@ async def _strongest_that_works(
 
 async def _may_go_on(sysfs: Sysfs, address: PciAddress, error: SysfsError, write_s: float) -> bool:
     """Whether it was the method that failed, rather than the function."""
-    if error.errno not in {errno.EINVAL, errno.ENOTTY}:
+    if error.errno not in _MAYBE_ANOTHER:
         return False
     return answers(await sysfs.config_header(address, write_s))
-
-
-async def _restore(sysfs: Sysfs, address: PciAddress, listed: str, write_s: float) -> None:
-    """Put back the list as it was found, which an operator may have set.
-
-    One that promised too much is not taken back; the kernel then makes a new one.
-    """
-    path = attribute(address, "reset_method")
-    if sysfs.text(path) == listed:
-        return
-    try:
-        await sysfs.write(path, listed, write_s)
-    except SysfsError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        await sysfs.write(path, "default", write_s)
 
 
 def _no_method(address: PciAddress) -> GpudError:

@@ -26,7 +26,7 @@ from gpud.host.iommu import IommuFacts
 from gpud.host.obstacle import Obstacle
 from gpud.host.patience import DEFAULT_LIMITS, Limits, Patience
 from gpud.host.pci import VFIO_PCI, PciFunction, PciTree
-from gpud.host.reset import reset_function
+from gpud.host.reset import Resets
 from gpud.host.sysfs import Sysfs, SysfsError, attribute
 from gpud.model import PciAddress
 
@@ -55,6 +55,7 @@ class Handover:
         self._limits = limits
         self._patience = Patience(sleep, clock)
         self._binding = Binding(sysfs, limits, self._patience)
+        self._resets = Resets(sysfs, limits)
 
     async def check(
         self,
@@ -146,7 +147,7 @@ class Handover:
         methods = {}
         for address in _gpu_first(functions):
             self._present(address)
-            method = await reset_function(self._sysfs, address, limits)
+            method = await self._resets.reset(address)
             if method is not None:
                 methods[address] = method
             if not await self._patience.until(partial(self._answers, address), limits.settle_s):

@@ -44,7 +44,11 @@ async def lab(_lab: Lab, request: pytest.FixtureRequest) -> AsyncIterator[Lab]:
         return
     if getattr(request.node, "failed", False):
         print(await _lab.last_words())
-    await _lab.clean_up()
+    try:
+        await _lab.clean_up()
+    except BaseException:
+        print(await _lab.last_words())
+        raise
 
 
 def pytest_configure(config: pytest.Config) -> None:

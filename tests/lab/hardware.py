@@ -62,9 +62,12 @@ _PORTS = (
 )
 
 
-def card_device(card: Card) -> dict[str, object]:
-    """QEMU's description of a card: at the start as an option, later for ``device_add``."""
-    device: dict[str, object] = {
+def functions_of(card: Card) -> list[dict[str, object]]:
+    """QEMU's description of a card's functions: at the start as options, later for ``device_add``.
+
+    The first function comes last: with it QEMU tells the server that all of the card is there.
+    """
+    first: dict[str, object] = {
         "driver": "nvme",
         "id": card.name,
         "serial": card.name,
@@ -72,7 +75,15 @@ def card_device(card: Card) -> dict[str, object]:
         "bus": card.port,
         "addr": "0.0",
     }
-    return device | ({"multifunction": True} if card.companion else {})
+    if card.companion is None:
+        return [first]
+    second: dict[str, object] = {
+        "driver": "qemu-xhci",
+        "id": f"{card.name}-companion",
+        "bus": card.port,
+        "addr": "0.1",
+    }
+    return [second, first | {"multifunction": True}]
 
 
 def disk_of(card: Card, directory: Path) -> Path:
@@ -106,8 +117,9 @@ def devices(directory: Path) -> list[str]:
     for card in CARDS:
         # Not -drive, which goes for good when its card is pulled out.
         disk = f"raw,node-name={card.name}-disk,file.driver=file,file.filename={disk_of(card, directory)}"
-        options += ["-blockdev", disk, "-device", _as_option(card_device(card))]
-    options += ["-device", "qemu-xhci,id=companion1,bus=port1,addr=0.1"]
+        options += ["-blockdev", disk]
+        for function in functions_of(card):
+            options += ["-device", _as_option(function)]
     return [*options, "-device", "e1000e,id=foreign,bus=port5,addr=0.0"]
 
 

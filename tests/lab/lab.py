@@ -214,12 +214,12 @@ class Lab:
         about = f"--grep 'step failed.*{upstream_id}|{upstream_id}.*step failed'"
         return await self.server.run(f"journalctl -u gpud -o cat --no-pager {about}")
 
-    async def in_step(self, upstream_id: str, wanted: str, timeout_s: float = 120) -> None:
-        """Wait until an instance is in a step."""
+    async def in_step(self, upstream_id: str, *wanted: str, timeout_s: float = 120) -> None:
+        """Wait until an instance is in one of these steps."""
         deadline = time.monotonic() + timeout_s
-        while (step := (await self.instance(upstream_id))["step"]) != wanted:
+        while (step := (await self.instance(upstream_id))["step"]) not in wanted:
             assert time.monotonic() < deadline, f"{upstream_id} is in {step}, not in {wanted}"
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.2)
 
     async def drivers(self) -> dict[str, str]:
         """The drivers of all functions that are sold."""
@@ -270,8 +270,9 @@ class Lab:
     async def present(self, card: Card, timeout_s: float = 60) -> None:
         """Wait until the server's kernel has found a card, and its driver has it."""
         async with asyncio.timeout(timeout_s):
-            while not await self.driver(card.address):
-                await asyncio.sleep(1)
+            for address in filter(None, (card.address, card.companion)):
+                while not await self.driver(address):
+                    await asyncio.sleep(1)
 
     async def last_words(self) -> str:
         """What helps to understand a failure."""

@@ -84,8 +84,11 @@ class GpuServer:
         """Write a small file in the server, in place."""
         await self.run(f"cat >{file} <<'END_OF_FILE'\n{text}\nEND_OF_FILE")
 
-    async def press_reset(self) -> None:
-        """Press the reset button, and wait until it is up again. Nothing in it is told beforehand."""
+    async def cut_power(self) -> None:
+        """Cut the power for a moment, and wait until it is up again. Nothing in it is told beforehand.
+
+        What it had not flushed to its disk is lost, as is all in its memory.
+        """
         await self._leave()
         await self.qmp.execute("system_reset")
         await self.wait_for_boot()
@@ -96,12 +99,13 @@ class GpuServer:
         self.missing.append(card)
 
     async def gone(self, card: hardware.Card, timeout_s: float = 60) -> None:
-        """Wait until a card that was pulled out is out."""
+        """Wait until a card that was pulled out is out; its companion goes with it."""
         await self.qmp.wait_for("DEVICE_DELETED", timeout_s, device=card.name)
 
     async def put_in(self, card: hardware.Card) -> None:
         """Put a card into its slot again."""
-        await self.qmp.execute("device_add", **hardware.card_device(card))
+        for function in hardware.functions_of(card):
+            await self.qmp.execute("device_add", **function)
         self.missing.remove(card)
 
     async def stop(self) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from gpud.errors import GpudError
 from gpud.host.patience import DEFAULT_LIMITS
-from gpud.host.reset import KERNELS_CHOICE, by_strength, reset_function
+from gpud.host.reset import KERNELS_CHOICE, Resets, by_strength
 from gpud.host.sysfs import Sysfs, SysfsError
 from gpud.model import PciAddress
 from tests.unit.fakes.kernel import FakeKernel
@@ -27,7 +27,7 @@ def kernel() -> Iterator[FakeKernel]:
 
 
 async def reset(kernel: FakeKernel, address: PciAddress = GPU) -> str | None:
-    return await reset_function(kernel.sysfs, address, DEFAULT_LIMITS)
+    return await Resets(kernel.sysfs, DEFAULT_LIMITS).reset(address)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +202,30 @@ async def test_a_reset_that_hangs_ends_with_its_limit_and_nothing_more_is_asked(
         await reset(kernel)
     assert kernel.now == before + 75
     assert kernel.writes[-1] == (RESET_FILE, "1")
+
+
+async def test_after_a_reset_that_hung_all_methods_are_tried_again(kernel: FakeKernel) -> None:
+    kernel.add_function(GPU, reset_methods=("flr", "bus"))
+    kernel.hang(RESET_FILE)
+    resets = Resets(kernel.sysfs, DEFAULT_LIMITS)
+    with pytest.raises(SysfsError, match="stuck inside the kernel"):
+        await resets.reset(GPU)
+    assert kernel.sysfs.text(Path("bus/pci") / METHOD_FILE) == "bus"
+
+    kernel.release(RESET_FILE)
+    kernel.unconfirm(GPU, "bus")
+    assert await resets.reset(GPU) == "flr"
+    assert kernel.sysfs.text(Path("bus/pci") / METHOD_FILE) == "flr bus"
+
+
+async def test_the_only_method_listed_fails_with_a_word_on_the_others(kernel: FakeKernel) -> None:
+    """As after a reset that hung, and a restart of the daemon, which knows the list no longer."""
+    kernel.add_function(GPU, reset_methods=("flr", "bus"))
+    await kernel.sysfs.write(Path("bus/pci") / METHOD_FILE, "bus", 5)
+    kernel.unconfirm(GPU, "bus")
+    with pytest.raises(SysfsError, match="ENOTTY") as caught:
+        await reset(kernel)
+    assert f"echo default >{kernel.sysfs.root}/bus/pci/{METHOD_FILE}" in caught.value.hint
 
 
 async def test_a_crash_between_choice_and_reset_changes_nothing_for_the_next_try(
