@@ -5,20 +5,17 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TypeVar
 
+from gpud.history import History
 from gpud.model import Instance, KnownCard, PciAddress, Quarantine
 from gpud.schema import drivers_json, known_card_from, known_card_row, quarantine_from
 
-T = TypeVar("T")
 
-
-class CardRecord:
-    """Base of the store. The mappings are replaced after a commit, never changed in place."""
+class CardRecord(History):
+    """Base of the store: the cards. The mappings are replaced after a commit, never changed in place."""
 
     def __init__(self, connection: sqlite3.Connection, clock: Callable[[], float]) -> None:
-        self._connection = connection
-        self._clock = clock
+        super().__init__(connection, clock)
         self._cards_changed = False
         self._known_cards: Mapping[PciAddress, KnownCard] = {}
         self._quarantines: Mapping[PciAddress, Quarantine] = {}
@@ -55,7 +52,7 @@ class CardRecord:
 
     async def release(self, address: PciAddress) -> bool:
         """End a card's quarantine; False when there was none."""
-        return await self._change(lambda: self._delete("quarantine", address))
+        return await self._change(lambda: self._release(address))
 
     async def begin_reset(self, address: PciAddress, boot_id: str) -> None:
         """Write down that a card is about to be reset: it may take the server down with it."""
@@ -64,9 +61,6 @@ class CardRecord:
     async def end_reset(self, address: PciAddress) -> None:
         """Write down that a reset has come to its end, good or bad."""
         await self._change(lambda: self._delete("reset_begun", address))
-
-    async def _change(self, work: Callable[[], T]) -> T:
-        raise NotImplementedError
 
     # -- on the store's thread, inside a transaction -----------------------------------------------
 
@@ -83,11 +77,10 @@ class CardRecord:
                     for function, driver in instance.former_drivers.items()
                     if function in gpu.functions
                 }
-                self._quarantine(
-                    Quarantine(gpu.address, 0, reasons[gpu.address], former_drivers=former)
-                )
+                new = Quarantine(gpu.address, 0, reasons[gpu.address], former_drivers=former)
+                self._quarantine(new, instance.upstream_id)
 
-    def _quarantine(self, new: Quarantine) -> None:
+    def _quarantine(self, new: Quarantine, upstream_id: str = "") -> None:
         """Add to what is said of a card already; what gpud found outweighs what the operator said."""
         query = (
             "INSERT INTO quarantine VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT DO UPDATE SET"
@@ -98,7 +91,14 @@ class CardRecord:
         drivers = drivers_json(new.former_drivers)
         row = (str(new.address), self._clock(), new.reason, int(new.by_operator), drivers)
         self._connection.execute(query, row)
+        self._note(upstream_id, "", "quarantined", new.reason, new.address)
         self._cards_changed = True
+
+    def _release(self, address: PciAddress) -> bool:
+        ended = self._delete("quarantine", address)
+        if ended:
+            self._note("", "quarantined", "released", "released from quarantine", address)
+        return ended
 
     def _begin_reset(self, address: PciAddress, boot_id: str) -> None:
         query = "INSERT OR REPLACE INTO reset_begun VALUES (?, ?)"

@@ -297,6 +297,12 @@ class Deadlines(Section):
         return getattr(self, f"{step.value}_s", None)
 
 
+class History(Section):
+    """What is remembered of the past. Instances are for ever, since they make an order's repeat safe."""
+
+    events_days: Annotated[int, Field(ge=1, le=36500)] = 90
+
+
 class Log(Section):
     """What is logged, and how."""
 
@@ -326,6 +332,7 @@ class Config(Section):
     network: Network = Network()
     guest: Guest = Guest()
     deadlines: Deadlines = Deadlines()
+    history: History = History()
     log: Log = Log()
 
     @property

@@ -35,8 +35,8 @@ from gpud.model import (
     Status,
     Step,
 )
-from gpud.schema import COLUMNS, from_row, guest_input_from, guest_input_row, to_row
-from gpud.statefile import connect, lock
+from gpud.schema import COLUMNS, RESTORED, from_row, guest_input_from, guest_input_row, to_row
+from gpud.statefile import STATE_FILE, UNREADABLE, connect, lock, unusable
 
 T = TypeVar("T")
 
@@ -65,17 +65,6 @@ class Admission:
     usual_boot_s: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One transition of an instance; ``was`` and ``became`` read ``status/step``."""
-
-    at: float
-    upstream_id: str
-    was: str
-    became: str
-    why: str
-
-
 class Store(CardRecord):
     """See the module's docstring. Built by :meth:`open`."""
 
@@ -85,11 +74,11 @@ class Store(CardRecord):
         super().__init__(connection, clock)
         self._lock_file = lock_file
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
-        self._live: dict[str, Instance] = {}
         self._by_instance_id: dict[str, str] = {}
         self._changed: dict[str, Instance] = {}
         self._listeners: list[Callable[[Instance], None]] = []
         self.owner = ""
+        self.restored = False
         self.version = 0
 
     @classmethod
@@ -108,13 +97,9 @@ class Store(CardRecord):
             raise
         try:
             await store._run(store._load)
-        except (sqlite3.Error, ValueError, TypeError) as error:
+        except UNREADABLE as error:
             await store.close()
-            raise GpudError(
-                Code.STATE_UNUSABLE,
-                f"the state file in {state_dir} holds what this gpud cannot read: {error}",
-                hint="restore it from a backup",
-            ) from error
+            raise unusable(state_dir / STATE_FILE, error) from error
         return store
 
     async def close(self) -> None:
@@ -151,17 +136,6 @@ class Store(CardRecord):
         rows = await self._run(lambda: self._connection.execute(query, (limit,)).fetchall())
         return [from_row(row) for row in rows]
 
-    async def events(self, upstream_id: str | None = None, limit: int = 1000) -> list[Event]:
-        """The newest events, oldest first; of one instance, or of all."""
-        query = (
-            "SELECT at, upstream_id, was, became, why FROM event"
-            " WHERE ?1 IS NULL OR upstream_id = ?1 ORDER BY id DESC LIMIT ?2"
-        )
-        rows = await self._run(
-            lambda: self._connection.execute(query, (upstream_id, limit)).fetchall()
-        )
-        return [Event(*row) for row in reversed(rows)]
-
     # -- changing --------------------------------------------------------------------------------
 
     async def admit(self, order: Order, decide: Callable[[Sequence[Grant]], Grant]) -> Admission:
@@ -173,8 +147,9 @@ class Store(CardRecord):
                 raises; it runs inside the transaction, so what it sees cannot change under it.
 
         Raises:
-            GpudError: ``INSTANCE_ID_REUSED`` when the id stands for another order; whatever ``decide``
-                raises. Nothing was recorded then.
+            GpudError: ``INSTANCE_ID_REUSED`` when the id stands for another order; ``NO_CAPACITY`` while
+                the state is one from a backup, which may have forgotten this very order, and who has
+                which address; whatever ``decide`` raises. Nothing was recorded then.
         """
         return await self._change(lambda: self._admit(order, decide))
 
@@ -220,6 +195,12 @@ class Store(CardRecord):
     async def script_exited(self, upstream_id: str, exit_code: int) -> bool:
         """Record how the startup script ended in this boot; False when that was known already."""
         return await self._change(lambda: self._script_exited(upstream_id, exit_code))
+
+    async def trust(self) -> None:
+        """Take a restored state for the whole truth again: what it does not know is an orphan."""
+        await self._change(self._trust)
+        self.restored = False
+        self.version += 1
 
     def subscribe(self, listener: Callable[[Instance], None]) -> None:
         """Call ``listener`` on the event loop after each commit, with the instance that changed."""
@@ -283,6 +264,12 @@ class Store(CardRecord):
         self._connection.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", new_owner)
         query = "SELECT value FROM meta WHERE key = 'owner'"
         self.owner = self._connection.execute(query).fetchone()[0]
+        query = "SELECT 1 FROM meta WHERE key = ?"
+        self.restored = self._connection.execute(query, (RESTORED,)).fetchone() is not None
+
+    def _trust(self) -> None:
+        self._connection.execute("DELETE FROM meta WHERE key = ?", (RESTORED,))
+        self._note("", "restored", "trusted", "what the restored state does not know may go")
 
     def _find(self, either_id: str) -> Instance | None:
         query = (
@@ -303,6 +290,11 @@ class Store(CardRecord):
                     "this instance_id was used before for a different order",
                 )
             return Admission(known, replayed=True, usual_boot_s=self._usual_boot_s(known.grant))
+        if self.restored:
+            raise GpudError(
+                Code.NO_CAPACITY,
+                "this server's record is from a backup; it sells again when its operator has checked it",
+            )
         grant = decide([instance.grant for instance in self._live.values()])
         now = self._clock()
         instance = Instance(
@@ -324,7 +316,7 @@ class Store(CardRecord):
         if grant.address is not None:
             claim = (str(grant.address), instance.upstream_id)
             self._connection.execute("INSERT INTO address_claim VALUES (?, ?)", claim)
-        self._log(instance.upstream_id, "", _place(instance), "order accepted")
+        self._note(instance.upstream_id, "", _place(instance), "order accepted")
         self._changed[instance.upstream_id] = instance
         return Admission(instance, replayed=False, usual_boot_s=self._usual_boot_s(grant))
 
@@ -386,13 +378,9 @@ class Store(CardRecord):
         """The one place that changes an instance."""
         instance = replace(current, **changes)
         self._connection.execute(_UPDATE, to_row(instance))
-        self._log(instance.upstream_id, _place(current), _place(instance), why)
+        self._note(instance.upstream_id, _place(current), _place(instance), why)
         self._changed[instance.upstream_id] = instance
         return instance
-
-    def _log(self, upstream_id: str, was: str, became: str, why: str) -> None:
-        query = "INSERT INTO event (at, upstream_id, was, became, why) VALUES (?, ?, ?, ?, ?)"
-        self._connection.execute(query, (self._clock(), upstream_id, was, became, why))
 
 
 def _place(instance: Instance) -> str:
