@@ -73,6 +73,11 @@ class InstanceFiles:
         """The guest's UEFI variables."""
         return self.directory / "nvram.fd"
 
+    def owns(self, name: str) -> bool:
+        """Whether a file in the directory is ours, or grows beside one: ``disk.qcow2.new``."""
+        known = (self.base, self.disk, self.seed, self.nvram)
+        return any(name == file.name or name.startswith(f"{file.name}.") for file in known)
+
 
 async def clone(files: InstanceFiles, image: Image, storage_gib: int) -> None:
     """Give an instance its disk; at a cost that does not depend on the image's size.
@@ -175,7 +180,7 @@ def _remove(files: InstanceFiles) -> None:
         return
     try:
         for name in os.listdir(directory):  # noqa: PTH208 - by descriptor, so that no path is followed
-            if _is_ours(files, name):
+            if files.owns(name):
                 os.unlink(name, dir_fd=directory)
         foreign = sorted(os.listdir(directory))  # noqa: PTH208 - likewise
     finally:
@@ -186,12 +191,6 @@ def _remove(files: InstanceFiles) -> None:
         return
     files.directory.rmdir()
     sync(files.directory.parent)
-
-
-def _is_ours(files: InstanceFiles, name: str) -> bool:
-    """Also what grows beside a file, such as ``disk.qcow2.new``."""
-    known = (files.base, files.disk, files.seed, files.nvram)
-    return any(name == file.name or name.startswith(f"{file.name}.") for file in known)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +29,9 @@ DRIVERS_PROBE: Final = Path("bus/pci/drivers_probe")
 
 CONFIG_HEADER_BYTES: Final = 64
 """What an ordinary user may read of a function's config space: its standard header."""
+
+_LINE_BYTES: Final = 128
+"""More than the name of any driver."""
 
 
 class SysfsError(GpudError):
@@ -113,6 +116,25 @@ class Sysfs:
         files = {one: self.root / attribute(one, "config") for one in addresses}
         read = await self._files.read_many([*files.values()], CONFIG_HEADER_BYTES, timeout_s)
         return dict(zip(files, read, strict=True))
+
+    async def overrides(
+        self, addresses: Collection[PciAddress], timeout_s: float
+    ) -> dict[PciAddress, str]:
+        """The driver that alone may have each function, as ``driver_override`` says.
+
+        Returns:
+            Empty for a function without one, and where it cannot be read in time.
+
+        Raises:
+            GpudError: Not one could be read in time. Transient.
+        """
+        files = [self.root / attribute(one, "driver_override") for one in addresses]
+        if not files:
+            return {}
+        read = await self._files.read_many(files, _LINE_BYTES, timeout_s)
+        texts = (content.decode("ascii", "replace").strip() for content in read)
+        named = ("" if text == "(null)" else text for text in texts)
+        return dict(zip(addresses, named, strict=True))
 
     async def write(self, path: Path, text: str, timeout_s: float) -> None:
         """Give ``text`` to a file in one write.

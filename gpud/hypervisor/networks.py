@@ -64,8 +64,9 @@ def remove_lease(connection: libvirt.virConnect, name: str, mac: str) -> None:
 
 
 def leases(connection: libvirt.virConnect, name: str) -> list[Lease]:
-    """List the fixed addresses that the network gives out now."""
-    return leases_of(connection.networkLookupByName(name).XMLDesc(0))
+    """List the fixed addresses that the network gives out now; one that does not exist gives none."""
+    network = _find(connection, name)
+    return [] if network is None else leases_of(network.XMLDesc(0))
 
 
 def _find(connection: libvirt.virConnect, name: str) -> libvirt.virNetwork | None:

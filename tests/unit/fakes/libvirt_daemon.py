@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 from xml.etree import ElementTree as ET
@@ -161,6 +162,12 @@ class Guest:
         self._daemon = daemon
         self._started = b""
 
+    def make_nvram(self) -> None:
+        """Give it a file for its firmware's variables, as libvirt does where there is none."""
+        nvram = Path(self.xml.findtext("os/nvram") or "/nowhere/nvram.fd")
+        if nvram.parent.is_dir():
+            nvram.touch()
+
     def prints(self, output: bytes) -> None:
         self.console.write(output)
 
@@ -304,6 +311,7 @@ class ConnectionHandle:
         if guest.name in {other.name for other in self.daemon.guests.values()}:
             message = f"domain '{guest.name}' already exists with uuid x"
             raise error(message, libvirt.VIR_ERR_OPERATION_FAILED)
+        guest.make_nvram()
         self.daemon.add(guest)
         return DomainHandle(self, guest)
 

@@ -175,6 +175,21 @@ async def test_config_header_that_cannot_be_read_tells_why(sysfs: Sysfs, tmp_pat
     assert hanging.value.errno is None
 
 
+@pytest.mark.real_command("head", "od")
+async def test_overrides_are_read_of_many_functions_and_never_waited_for(
+    sysfs: Sysfs, tmp_path: Path
+) -> None:
+    other, stuck = PciAddress.parse("0000:42:00.0"), PciAddress.parse("0000:43:00.0")
+    for address, text in ((GPU, "vfio-pci\n"), (other, "(null)\n"), (stuck, None)):
+        file = tmp_path / attribute(address, "driver_override")
+        file.parent.mkdir(parents=True)
+        os.mkfifo(file) if text is None else file.write_text(text)
+    assert await sysfs.overrides([GPU, other], 10) == {GPU: "vfio-pci", other: ""}
+    told = await sysfs.overrides([GPU, stuck], 0.2)
+    assert told == {GPU: "vfio-pci", stuck: ""}
+    assert await sysfs.overrides([], 10) == {}
+
+
 async def test_errors_of_other_kernels_are_named_too(tmp_path: Path) -> None:
     class Files:
         async def write(self, *_: object) -> None:

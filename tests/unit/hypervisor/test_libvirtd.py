@@ -57,8 +57,9 @@ async def test_network_and_its_leases(running: Running) -> None:
         await hypervisor.ensure_network(spec)
         await hypervisor.ensure_network(spec)
         assert await hypervisor.leases("gpud") == []
+        assert await hypervisor.leases("absent") == []
         with pytest.raises(GpudError) as caught:
-            await hypervisor.leases("absent")
+            await hypervisor.add_lease("absent", "52:00:00:00:00:01", IPv4Address("10.77.0.2"), "x")
         assert caught.value.code is Code.HOST_COMMAND_FAILED
         assert "restart" in caught.value.hint
 
