@@ -13,8 +13,9 @@ CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gpud
 endif
 IMAGE := $(CACHE)/guest-$(shell sha256sum tests/guest/build.sh | cut -c1-12).qcow2
 export GPUD_TEST_IMAGE := $(IMAGE)
+CHAOS_TESTS := tests/chaos tests/unit/lifecycle/test_whole_order.py $(wildcard tests/machine/test_chaos*.py)
 
-.PHONY: help setup demo test lint unit machine lab measure-boot clean
+.PHONY: help setup demo test lint unit chaos-short chaos machine lab measure-boot clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
@@ -37,7 +38,7 @@ demo: setup ## an order's whole way, on this machine; KEEP=1 leaves it running
 	@$(BIN)/python -m tests.machine.demo $(if $(KEEP),--keep)
 
 test: setup ## everything: linters, types, layering, unit and machine tests
-	@$(MAKE) --no-print-directory lint unit machine
+	@$(MAKE) --no-print-directory lint unit chaos-short machine
 
 lint: $(VENV)/.ready ## linters, types, layering
 	$(BIN)/ruff check .
@@ -51,8 +52,15 @@ unit: $(VENV)/.ready ## unit tests, with coverage
 	@$(BIN)/coverage report --include='gpud/lifecycle/*' --fail-under=100 >/dev/null || \
 		{ echo "unit: an order's life is tested in every branch, and is not any more" >&2; exit 1; }
 
+chaos-short: $(VENV)/.ready ## the short part of chaos
+	$(BIN)/pytest tests/chaos --numprocesses 2 --dist worksteal
+
+chaos: setup ## faults by the thousand into docs/chaos.md; CHAOS_CRASHES=1000, SEED=0
+	CHAOS_CRASHES=$(or $(CHAOS_CRASHES),1000) $(BIN)/pytest $(CHAOS_TESTS) --timeout=900 \
+		--numprocesses 2 --dist worksteal --hypothesis-seed=$(or $(SEED),0) --fault-table docs/chaos.md
+
 machine: setup ## tests on real libvirt and QEMU
-	$(BIN)/pytest tests/machine -v --timeout=900 --numprocesses 2
+	$(BIN)/pytest tests/machine -m 'not long' -v --timeout=900 --numprocesses 2
 
 lab: setup ## a GPU server in a box: real IOMMU, VFIO, systemd, reboots; a quarter of an hour
 	$(BIN)/pytest tests/lab -v --timeout=1500

@@ -1,25 +1,34 @@
-"""The daemon's three doors: the API, the operator's socket, and Prometheus' page."""
+"""The daemon's three doors: the API, the operator's socket, and the one for who watches it."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
+import resource
 import socket
 import ssl
-from collections.abc import Callable
+import sys
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 
 import structlog
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from gpud import config
 from gpud.errors import Code, GpudError
-from gpud.telemetry import Metrics
+from gpud.watch.health import Problems
 
-_BACKLOG = 1024
+_BACKLOG = 128
+"""Also how many connections are let in at once, before the next look at how many there are."""
 
 _log = structlog.get_logger()
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class _WithoutValues(logging.Filter):
@@ -46,6 +55,8 @@ async def api(
     Raises:
         GpudError: ``CONFIG_INVALID``: the address or port cannot be had.
     """
+    crowd = _Crowd(_most_connections())
+    app.middlewares.insert(0, crowd.watch)
     runner = web.AppRunner(
         app,
         access_log=None,
@@ -53,29 +64,62 @@ async def api(
         keepalive_timeout=server.keepalive_timeout_s,
         shutdown_timeout=server.shutdown_timeout_s,
     )
-    site = await _prepared(stack, runner, server.listen, server.port, tls)
-    await _start(site, f"server: {server.listen} port {server.port}")
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    try:
+        listening = await asyncio.get_running_loop().create_server(
+            partial(crowd.admit, runner),
+            server.listen,
+            server.port,
+            ssl=tls,
+            backlog=_BACKLOG,
+        )
+    except OSError as error:
+        raise _taken("server", server.listen, server.port, error) from error
+    stack.callback(listening.close)
 
 
 async def metrics(
-    stack: AsyncExitStack, where: config.Metrics, page: Metrics, update: Callable[[], None]
+    stack: AsyncExitStack,
+    where: config.Metrics,
+    page: Callable[[], Awaitable[bytes]],
+    alive: Callable[[], Awaitable[Problems]],
+    ready: Callable[[], Awaitable[Problems]],
 ) -> None:
-    """Open Prometheus' listener until ``stack`` unwinds; ``update`` is called before each scrape.
+    """Open the listener for Prometheus and for health checks until ``stack`` unwinds.
+
+    Args:
+        stack: Closes it.
+        where: Address and port.
+        page: Makes ``/metrics``.
+        alive: What is wrong, for ``/healthz``: 200 for nothing, 503 for anything.
+        ready: Likewise for ``/readyz``.
 
     Raises:
         GpudError: ``CONFIG_INVALID``: the address or port cannot be had.
     """
 
     async def scrape(_: web.Request) -> web.Response:
-        update()
-        body = generate_latest(page.registry)
-        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
+        headers = {"Content-Type": CONTENT_TYPE_PLAIN_0_0_4}
+        return web.Response(body=await page(), headers=headers)
+
+    async def healthz(_: web.Request) -> web.Response:
+        return _verdict(await alive())
+
+    async def readyz(_: web.Request) -> web.Response:
+        return _verdict(await ready())
 
     app = web.Application()
-    app.router.add_get("/metrics", scrape)
+    app.add_routes(
+        [web.get("/metrics", scrape), web.get("/healthz", healthz), web.get("/readyz", readyz)]
+    )
     runner = web.AppRunner(app, access_log=None)
-    site = await _prepared(stack, runner, where.listen, where.port, None)
-    await _start(site, f"metrics: {where.listen} port {where.port}")
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    try:
+        await web.TCPSite(runner, where.listen, where.port).start()
+    except OSError as error:
+        raise _taken("metrics", where.listen, where.port, error) from error
 
 
 async def admin(stack: AsyncExitStack, path: Path, app: web.Application) -> None:
@@ -89,8 +133,54 @@ async def admin(stack: AsyncExitStack, path: Path, app: web.Application) -> None
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     listener = _unix_socket(path)
-    stack.callback(path.unlink, missing_ok=True)
+    stack.callback(_remove_socket, path)
     await web.SockSite(runner, listener).start()
+
+
+def _most_connections() -> int:
+    """A quarter of the process' file descriptors; the others are for disks, seeds and children."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if limit == resource.RLIM_INFINITY else max(1, limit // 4)
+
+
+class _Crowd:
+    """Bounds how many connections there are. One too many costs the oldest idle ones their place: a
+    crowd that says nothing keeps nobody out who has something to say.
+    """  # noqa: D205 - two sentences
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._busy: set[asyncio.BaseProtocol] = set()
+
+    @web.middleware
+    async def watch(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Note on which connections a request is under way."""
+        self._busy.add(request.protocol)
+        try:
+            return await handler(request)
+        finally:
+            self._busy.discard(request.protocol)
+
+    def admit(self, runner: web.AppRunner) -> asyncio.Protocol:
+        """Let one more in.
+
+        Raises:
+            ConnectionError: The listener is being closed.
+        """
+        server = runner.server
+        if server is None:
+            raise ConnectionError("the listener is being closed")
+        connections = server.connections
+        if (too_many := len(connections) + 1 - self._most) > 0:
+            idle = [one for one in connections if one not in self._busy]
+            for oldest in idle[:too_many]:
+                oldest.force_close()
+        return server()
+
+
+def _remove_socket(path: Path) -> None:
+    with contextlib.suppress(OSError):  # the next daemon removes it too: no reason to end badly
+        path.unlink()
 
 
 def _unix_socket(path: Path) -> socket.socket:
@@ -111,22 +201,13 @@ def _unix_socket(path: Path) -> socket.socket:
     return listener
 
 
-async def _prepared(
-    stack: AsyncExitStack,
-    runner: web.AppRunner,
-    listen: str,
-    port: int,
-    tls: ssl.SSLContext | None,
-) -> web.TCPSite:
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
-    return web.TCPSite(runner, listen, port, ssl_context=tls, backlog=_BACKLOG)
+def _taken(section: str, listen: str, port: int, error: OSError) -> GpudError:
+    return GpudError(
+        Code.CONFIG_INVALID,
+        f"{section}: {listen} port {port} cannot be listened on: {error.strerror}",
+    )
 
 
-async def _start(site: web.TCPSite, what: str) -> None:
-    try:
-        await site.start()
-    except OSError as error:
-        raise GpudError(
-            Code.CONFIG_INVALID, f"{what} cannot be listened on: {error.strerror}"
-        ) from error
+def _verdict(problems: Problems) -> web.Response:
+    status = HTTPStatus.SERVICE_UNAVAILABLE if problems else HTTPStatus.OK
+    return web.json_response({"problems": dict(problems)}, status=status)

@@ -215,9 +215,10 @@ LEGAL_STEPS: Final[dict[Step, frozenset[Step]]] = {
     Step.CLONE_DISK: frozenset({Step.WRITE_SEED, Step.STOP_DOMAIN}),
     Step.WRITE_SEED: frozenset({Step.CHECK_GPUS, Step.STOP_DOMAIN}),
     Step.CHECK_GPUS: frozenset({Step.BIND_GPUS, Step.STOP_DOMAIN}),
-    Step.BIND_GPUS: frozenset({Step.START_DOMAIN, Step.STOP_DOMAIN}),
-    Step.START_DOMAIN: frozenset({Step.AWAIT_READY, Step.STOP_DOMAIN}),
-    # A guest that ended is started again; after a reboot of the host its GPUs must be bound anew.
+    # A guest that ended is started again. A reboot of the host gives its GPUs back to their drivers, in
+    # whichever step it comes.
+    Step.BIND_GPUS: frozenset({Step.START_DOMAIN, Step.CHECK_GPUS, Step.STOP_DOMAIN}),
+    Step.START_DOMAIN: frozenset({Step.AWAIT_READY, Step.CHECK_GPUS, Step.STOP_DOMAIN}),
     Step.AWAIT_READY: frozenset({Step.RUNNING, Step.CHECK_GPUS, Step.STOP_DOMAIN}),
     Step.RUNNING: frozenset({Step.CHECK_GPUS, Step.STOP_DOMAIN}),
     Step.STOP_DOMAIN: frozenset({Step.REMOVE_FILES}),

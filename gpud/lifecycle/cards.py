@@ -24,6 +24,8 @@ from gpud.lifecycle.outcome import Fail, Hop, Outcome
 from gpud.model import Gpu, Grant, Instance, PciAddress, Step
 from gpud.store import Store
 
+REBOOTED = "the server was rebooted meanwhile"
+
 Act = Callable[[Gpu, Drivers], Awaitable[None]]
 
 
@@ -71,6 +73,8 @@ class CardSteps:
 
     async def bind_gpus(self, instance: Instance) -> Outcome:
         """Take every function from its driver; before the guest's first start they are reset, too."""
+        if self.rebooted_since_check(instance):
+            return Hop(Step.CHECK_GPUS, REBOOTED)
         # A guest that has run gets its own cards back, with what it left in them.
         first_time = instance.running_at is None
         faults = await self._each(instance, self._clean if first_time else self._take)
@@ -80,6 +84,12 @@ class CardSteps:
         if not first_time:
             raise GpudError(Code.GPU_UNUSABLE, why)
         return Fail("its GPUs could not be handed over", why, faults)
+
+    def rebooted_since_check(self, instance: Instance) -> bool:
+        """Whether the server was rebooted since ``check_gpus``, which gave the cards to their drivers."""
+        return bool(instance.former_drivers) and (
+            instance.drivers_noted_in != self._cleaner.boot_id
+        )
 
     async def clean_gpus(self, instance: Instance) -> Outcome:
         """Reset what the guest had, and see that it is alive and the same."""

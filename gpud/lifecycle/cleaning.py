@@ -20,6 +20,7 @@ from gpud.host.vfio import Handover
 from gpud.hypervisor.libvirtd import Hypervisor
 from gpud.model import PciAddress
 from gpud.store import Store
+from gpud.telemetry import Metrics
 
 _log = structlog.get_logger()
 
@@ -40,6 +41,7 @@ class Cleaner:
         nvml: None where NVML is not to be asked.
         hypervisor: Knows which domain has which function.
         boot_id: Of the server's present boot.
+        metrics: Where resets are counted.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Cleaner:
         nvml: Nvml | None,
         hypervisor: Hypervisor,
         boot_id: str,
+        metrics: Metrics,
     ) -> None:
         self._store = store
         self._sysfs = sysfs
@@ -57,6 +60,7 @@ class Cleaner:
         self._nvml = nvml
         self._hypervisor = hypervisor
         self.boot_id = boot_id
+        self._metrics = metrics
 
     async def ask_nvml(self) -> Sequence[NvmlGpu]:
         """What NVML says of the cards that it sees at the moment."""
@@ -97,16 +101,35 @@ class Cleaner:
         try:
             methods = await self._handover.reset(functions)
         except GpudError:
+            self._metrics.resets.labels("unknown", "failed").inc()
             await self._store.end_reset(gpu)
             raise
         await self._store.end_reset(gpu)
         _log.info("GPU reset", methods={str(one): method for one, method in methods.items()})
+        try:
+            await self._prove_sane(gpu, functions, methods, before)
+        except GpudError:
+            self._count_resets(methods, "unproven")
+            raise
+        self._count_resets(methods, "ok")
+
+    async def _prove_sane(
+        self,
+        gpu: PciAddress,
+        functions: Collection[PciAddress],
+        methods: Mapping[PciAddress, str],
+        before: pci.PciTree,
+    ) -> None:
         function = before.get(gpu)
         if methods.get(gpu) == "pm" and function is not None and function.is_nvidia:
             raise _unusable(
                 f"{gpu} has no reset but a change of its power state, which proves nothing"
             )
         await self._handover.verify(functions, before)
+
+    def _count_resets(self, methods: Mapping[PciAddress, str], outcome: str) -> None:
+        for method in methods.values():
+            self._metrics.resets.labels(method, outcome).inc()
 
     async def give_back(self, former: Drivers) -> None:
         """Give functions back to the drivers they came with.

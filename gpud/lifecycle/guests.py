@@ -17,6 +17,7 @@ import structlog
 
 from gpud.errors import GpudError
 from gpud.guest.console import ConsoleLogs
+from gpud.hypervisor.domains import Domain, DomainState
 from gpud.hypervisor.domainxml import CHANNEL_NAME
 from gpud.hypervisor.events import DomainEvent
 from gpud.hypervisor.libvirtd import Hypervisor
@@ -57,6 +58,7 @@ class GuestWatch:
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._counted_at: dict[str, float] = {}
         self._powered_off: set[UUID] = set()
+        self._paused: set[str] = set()
 
     def attach(self, instance: Instance) -> None:
         """See that both readers of the instance's guest run; those that run already are left alone."""
@@ -74,6 +76,7 @@ class GuestWatch:
     async def detach(self, upstream_id: str) -> None:
         """Stop both readers of a guest."""
         self._counted_at.pop(upstream_id, None)
+        self._paused.discard(upstream_id)
         await self._end([key for key in self._tasks if key[0] == upstream_id])
 
     def hear(self, domain_uuid: UUID, event: DomainEvent, detail: str) -> None:
@@ -86,6 +89,27 @@ class GuestWatch:
     def powered_off(self, instance: Instance) -> bool:
         """Whether the guest was seen to power itself off since its last start."""
         return instance.domain_uuid in self._powered_off
+
+    async def see(self, domain: Domain, instance: Instance) -> None:
+        """Tell once that a guest is paused, and once that it goes on.
+
+        QEMU pauses a guest whose disk cannot be written, until somebody resumes it: what made it do so
+        has to be mended first.
+        """
+        upstream_id = instance.upstream_id
+        paused = domain.state is DomainState.PAUSED
+        if paused is (upstream_id in self._paused):
+            return
+        if paused:
+            self._paused.add(upstream_id)
+            _log.error("guest is paused; `gpud check` says what to do")
+            why = "its domain is paused: by hand, or by QEMU because its disk cannot be written"
+            await self._store.note(why, upstream_id=upstream_id, became="paused")
+        else:
+            self._paused.discard(upstream_id)
+            _log.info("guest goes on")
+            why = "its domain was resumed"
+            await self._store.note(why, upstream_id=upstream_id, became="resumed")
 
     async def close(self) -> None:
         """Stop all readers. The guests do not notice: what they report waits for the next reader."""

@@ -20,7 +20,7 @@ from gpud.guest.seed import write_seed
 from gpud.hypervisor.domainxml import DomainSpec, LibvirtNetwork, UserNetwork, render
 from gpud.hypervisor.libvirtd import Hypervisor
 from gpud.hypervisor.networkxml import NetworkSpec
-from gpud.lifecycle.cards import CardSteps, start_time_limit_s
+from gpud.lifecycle.cards import REBOOTED, CardSteps, start_time_limit_s
 from gpud.lifecycle.guests import GuestWatch
 from gpud.lifecycle.outcome import Fail, Hop, Nap, Outcome, StepFunction
 from gpud.model import DOMAIN_PREFIX, Instance, Status, Step
@@ -87,6 +87,8 @@ class Steps:
         """Start the virtual machine."""
         if lost := await self._cards.lost(instance, fresh=True):
             return lost
+        if self._cards.rebooted_since_check(instance):
+            return Hop(Step.CHECK_GPUS, REBOOTED)
         spec = await self._domain_spec(instance)
         limit_s = start_time_limit_s(self._config.libvirt.call_timeout_s, instance.grant)
         await self._hypervisor.start(instance.domain_uuid, render(spec), limit_s)
@@ -98,7 +100,7 @@ class Steps:
         self._guests.attach(instance)
         if instance.guest_boots > instance.boots_at_start:
             return self._now_running(instance)
-        there = await self._hypervisor.find(instance.domain_uuid) is not None
+        there = await self._there(instance)
         if lost := await self._cards.lost(instance, fresh=not there):
             return lost
         return Nap(_READY_NAP_S) if there else self._start_again(instance)
@@ -106,7 +108,7 @@ class Steps:
     async def running(self, instance: Instance) -> Outcome:
         """See that the guest is still there; a guest that ended by itself is started again."""
         self._guests.attach(instance)
-        there = await self._hypervisor.find(instance.domain_uuid) is not None
+        there = await self._there(instance)
         # A guest may have ended because its card was pulled out a moment ago.
         if lost := await self._cards.lost(instance, fresh=not there):
             return lost
@@ -134,6 +136,19 @@ class Steps:
         if instance.grant.address is not None:
             await self._hypervisor.remove_lease(network_spec(self._config).name, instance.mac)
         return Hop(Step.CLEAN_GPUS)
+
+    async def clean_gpus(self, instance: Instance) -> Outcome:
+        """Reset what the guest had, and see that it is alive and the same."""
+        # libvirt may have come through with a start whose daemon died, behind the stop.
+        await self._hypervisor.stop(instance.domain_uuid)
+        return await self._cards.clean_gpus(instance)
+
+    async def _there(self, instance: Instance) -> bool:
+        """Whether its domain is there, if only paused: then it has its memory, and is not replaced."""
+        domain = await self._hypervisor.find(instance.domain_uuid)
+        if domain is not None:
+            await self._guests.see(domain, instance)
+        return domain is not None
 
     def _now_running(self, instance: Instance) -> Outcome:
         if instance.running_at is not None:

@@ -154,6 +154,7 @@ class Worker:
         if isinstance(outcome, Fail):
             changes = {"status": Status.ERROR, "failure": outcome.message}
             _log.error("order failed", step=instance.step.value, reason=outcome.message)
+            self._metrics.order_failures.labels(instance.step.value).inc()
             outcome = Hop(
                 FIRST_RELEASE_STEP, outcome.why or outcome.message, changes, outcome.quarantine
             )

@@ -15,7 +15,7 @@ from hypothesis import settings
 from tests.fake_nvml import library
 
 # A busy machine makes an example slow, not wrong.
-settings.register_profile("gpud", deadline=None, max_examples=60)
+settings.register_profile("gpud", deadline=None, max_examples=40)
 settings.load_profile("gpud")
 
 _SHARED_MEMORY = Path("/dev/shm")

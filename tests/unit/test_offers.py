@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpud import offers
@@ -155,7 +155,6 @@ def test_a_server_that_sells_nothing_says_so() -> None:
 SMALL = {"cpu_cores": 1, "memory_gib": 0.25, "storage_gib": 1}
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     whole=hosts(),
     history=st.lists(st.sampled_from((1, 2, 3, 4)), max_size=5),

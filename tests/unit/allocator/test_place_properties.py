@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import chain
 
-from hypothesis import event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 from gpud.allocator import Placement, Shortage, how_many, place, remaining
@@ -24,7 +24,6 @@ from tests.unit.allocator.hosts import (
 )
 
 
-@settings(max_examples=100, deadline=None)
 @given(wanted=shapes, free=hosts())
 def test_an_order_gets_what_it_asks_for_of_what_is_free(wanted: Shape, free: Host) -> None:
     given = place(wanted, free, COUNTS)
@@ -43,7 +42,6 @@ def test_an_order_gets_what_it_asks_for_of_what_is_free(wanted: Shape, free: Hos
     assert given.address is None if free.addresses is None else given.address in free.addresses
 
 
-@settings(max_examples=100, deadline=None)
 @given(wanted=shapes, free=hosts())
 def test_bundles_are_given_whole_or_not_at_all(wanted: Shape, free: Host) -> None:
     given = place(wanted, free, COUNTS)
@@ -52,7 +50,6 @@ def test_bundles_are_given_whole_or_not_at_all(wanted: Shape, free: Host) -> Non
         assert set(chain(*touched)) == set(given.gpus)
 
 
-@settings(max_examples=100, deadline=None)
 @given(wanted=shapes, free=hosts())
 def test_an_order_is_refused_only_when_nothing_can_serve_it(wanted: Shape, free: Host) -> None:
     given = place(wanted, free, COUNTS)
@@ -65,7 +62,6 @@ def test_an_order_is_refused_only_when_nothing_can_serve_it(wanted: Shape, free:
     assert how_many(wanted, free, COUNTS) >= isinstance(given, Placement)
 
 
-@settings(max_examples=100, deadline=None)
 @given(wanted=shapes, free=hosts())
 def test_it_comes_from_one_node_if_any_has_all_of_it_and_else_from_the_fewest(
     wanted: Shape, free: Host
@@ -78,7 +74,6 @@ def test_it_comes_from_one_node_if_any_has_all_of_it_and_else_from_the_fewest(
         assert len(spanned - {None}) <= fewest
 
 
-@settings(max_examples=100, deadline=None)
 @given(wanted=shapes, free=hosts())
 def test_cores_and_memory_come_from_the_gpus_own_nodes_first(wanted: Shape, free: Host) -> None:
     given = place(wanted, free, COUNTS)
@@ -93,7 +88,6 @@ def test_cores_and_memory_come_from_the_gpus_own_nodes_first(wanted: Shape, free
                 assert node.number not in own or left == 0
 
 
-@settings(max_examples=100, deadline=None)
 @given(wanted=shapes, free=hosts())
 def test_no_way_from_as_few_nodes_is_better_on_bundles_and_nvlink(
     wanted: Shape, free: Host
@@ -104,7 +98,6 @@ def test_no_way_from_as_few_nodes_is_better_on_bundles_and_nvlink(
         assert locality(given.gpus, free) == min(locality(way, free) for way in ways)
 
 
-@settings(max_examples=100, deadline=None)
 @given(wanted=st.builds(shape, st.sampled_from((1, 1, 2))) | shapes, free=servers() | hosts())
 def test_of_equally_good_ways_on_one_node_it_leaves_the_most_big_orders(
     wanted: Shape, free: Host
@@ -127,7 +120,6 @@ def test_of_equally_good_ways_on_one_node_it_leaves_the_most_big_orders(
     assert orders_left(wanted, _after(wanted, given, free)) == max(possible)
 
 
-@settings(max_examples=100, deadline=None)
 @given(wanted=shapes, free=hosts(), turn=st.integers(1, 7))
 def test_the_order_in_which_a_host_is_told_makes_no_difference(
     wanted: Shape, free: Host, turn: int
@@ -137,7 +129,6 @@ def test_the_order_in_which_a_host_is_told_makes_no_difference(
     assert place(wanted, told, COUNTS) == place(wanted, free, COUNTS)
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     orders=st.lists(st.tuples(shapes, st.booleans()), max_size=6),
     ended=st.sets(st.integers(0, 5)),
@@ -178,7 +169,6 @@ def _assert_nothing_is_held_twice(whole: Host, grants: list[Grant]) -> None:
         assert sum(part.memory_mib for part in drawn) <= node.memory_mib
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     whole=hosts(),
     before=hosts(),

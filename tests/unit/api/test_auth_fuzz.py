@@ -17,8 +17,6 @@ from gpud.api.keys import UnusableKeyError, read_jwks
 from gpud.dev.issuer import Issuer
 
 fuzz = settings(
-    max_examples=50,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

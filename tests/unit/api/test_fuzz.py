@@ -13,8 +13,6 @@ from tests.unit.client import Client
 from tests.unit.service import Service
 
 fuzz = settings(
-    max_examples=60,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -40,7 +38,6 @@ async def test_any_body_gets_a_final_answer(client: Client, service: Service, bo
     assert len(service.store.live) <= 2
 
 
-@settings(max_examples=150, deadline=None)
 @given(body=bodies)
 def test_any_body_is_an_order_or_a_refusal(body: bytes) -> None:
     try:

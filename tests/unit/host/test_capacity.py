@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpud.errors import Code, GpudError
@@ -184,7 +184,6 @@ amounts = st.integers(0, 50)
 nodes = st.lists(st.builds(NumaNode, st.integers(0, 9), amounts, amounts), max_size=5)
 
 
-@settings(max_examples=100, deadline=None)
 @given(nodes=nodes, cpu_cores=st.integers(0, 150), memory_mib=st.integers(0, 150))
 def test_the_reserve_is_taken_exactly_and_as_evenly_as_it_goes(
     nodes: list[NumaNode], cpu_cores: int, memory_mib: int

@@ -25,6 +25,12 @@ from tests.unit.lifecycle.gpud_under_test import Gpud, StepsMapping, make_config
 StartGpud = Callable[..., Awaitable[Gpud]]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "leaves_a_mess: what the test leaves behind is not held against the record"
+    )
+
+
 @pytest.fixture(autouse=True)
 def _quiet_log() -> Iterator[None]:
     """Log nowhere: structlog's own way to print a traceback takes seconds."""
@@ -96,6 +102,7 @@ def kernel(state_dir: Path) -> FakeKernel:
 
 @pytest.fixture
 async def start_gpud(
+    request: pytest.FixtureRequest,
     state_dir: Path,
     kernel: FakeKernel,
     clock: Clock,
@@ -104,7 +111,7 @@ async def start_gpud(
     image: str,  # noqa: ARG001
     short_pauses: None,  # noqa: ARG001
 ) -> AsyncIterator[StartGpud]:
-    """Start a gpud; it is stopped at the end unless it was by then."""
+    """Start a gpud; at the end nothing may be left that ought not to be, and it is stopped."""
     lives: list[Gpud] = []
 
     async def start(
@@ -119,9 +126,16 @@ async def start_gpud(
         return await asyncio.wait_for(gpud.start(around), 5)
 
     yield start
+    findings = []
+    tidy = request.node.get_closest_marker("leaves_a_mess") is None
     for gpud in lives:
-        if not gpud.stopped:
+        if gpud.stopped:
+            continue
+        try:
+            findings += await gpud.findings() if tidy and gpud.settled else []
+        finally:
             await gpud.stop()
+    assert findings == []
 
 
 @pytest.fixture

@@ -11,6 +11,9 @@ from pathlib import Path
 from uuid import UUID
 
 from gpud import offers
+from gpud.audit.facts import Facts, Finding
+from gpud.audit.judge import judge
+from gpud.audit.reading import Reader, told
 from gpud.config import (
     Auth,
     Config,
@@ -37,6 +40,7 @@ from gpud.lifecycle.guests import GuestWatch
 from gpud.lifecycle.outcome import StepFunction
 from gpud.lifecycle.reconcile import Reconciler
 from gpud.lifecycle.steps import Steps
+from gpud.lifecycle.strays import StrayWatch
 from gpud.lifecycle.worker import Worker
 from gpud.model import (
     FIRST_RELEASE_STEP,
@@ -55,6 +59,7 @@ from tests.unit.fakes.kernel import FakeKernel
 from tests.unit.fakes.orders import SHAPE, Clock, order, until
 
 StepsMapping = Mapping[Step, StepFunction]
+CAPACITY = Capacity((NumaNode(0, 64, 65536),), 1000)
 ADDRESSES = tuple(IPv4Address("10.77.0.10") + number for number in range(4))
 
 
@@ -144,6 +149,7 @@ class Gpud:
         config = self.config
         self._executor = ThreadPoolExecutor(4)
         asyncio.get_running_loop().set_default_executor(self._executor)
+        self._started_at = self._clock()
         self.store = await Store.open(config.state_dir, self._clock)
         cpuinfo = config.state_dir / "cpuinfo"
         cpuinfo.write_text("flags : vmx\n")
@@ -162,7 +168,7 @@ class Gpud:
         )
         self.inventory = Inventory(
             config,
-            lambda: Capacity((NumaNode(0, 64, 65536),), 1000),
+            lambda: CAPACITY,
             lambda: livebus.read(self.kernel.sysfs),
             self._nvml,
             self.store,
@@ -178,6 +184,7 @@ class Gpud:
             self._nvml,
             self.hypervisor,
             str(self.kernel.root),  # another tree is another boot
+            self.metrics,
         )
         self.cards = CardSteps(
             config, self.store, self.inventory, self.kernel.sysfs, handover, self.cleaner
@@ -200,8 +207,14 @@ class Gpud:
             monotonic=self._monotonic,
         )
         self.reconciler = Reconciler(
-            config, self.store, self.hypervisor, self.consoles, self.metrics
+            config,
+            self.store,
+            self.hypervisor,
+            self.consoles,
+            self.metrics,
+            StrayWatch(self.store, self.hypervisor, self.kernel.sysfs, self.cleaner.boot_id),
         )
+        self.store.subscribe(self._forget_console)
         self.hypervisor.subscribe(self.guests.hear)
         self.hypervisor.subscribe(lambda uuid, *_: self._wake(uuid))
         self.hypervisor.on_connect(self.worker.wake_all)
@@ -270,6 +283,32 @@ class Gpud:
         await self.store.request_delete(instance.upstream_id)
         return await self.ended(instance)
 
+    @property
+    def settled(self) -> bool:
+        """Whether every order runs or has ended."""
+        return all(one.step is Step.RUNNING for one in self.store.live.values())
+
+    async def findings(self) -> list[Finding]:
+        """What ``gpud check`` would find: the record against libvirtd, the kernel and the files."""
+        return judge(await self.facts())
+
+    async def facts(self) -> Facts:
+        """What ``gpud check`` would go by."""
+        reader = Reader(
+            self.config,
+            self.hypervisor,
+            self.kernel.sysfs,
+            lambda: CAPACITY,
+            self.cleaner.boot_id,
+            self._clock,
+        )
+        instances = [
+            {"upstream_id": key, "status": one.status, "step": one.step}
+            for key, one in self.store.live.items()
+        ]
+        cards = [card.as_json() for card in self.inventory.cards]
+        return await reader.read(told(instances, cards, self._started_at))
+
     def directories(self) -> set[str]:
         """Names of the instances' directories."""
         parent = self.config.state_dir / "instances"
@@ -279,6 +318,10 @@ class Gpud:
         for instance in self.store.live.values():
             if instance.domain_uuid == uuid:
                 self.worker.wake(instance.upstream_id)
+
+    def _forget_console(self, instance: Instance) -> None:
+        if instance.status is Status.TERMINATED:
+            self.consoles.remove(instance.upstream_id)
 
     async def _end(self) -> None:
         self._connection.cancel()

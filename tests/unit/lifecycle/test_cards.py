@@ -38,6 +38,11 @@ def quarantines(gpud: Gpud) -> dict[PciAddress, str]:
     return {at: one.reason for at, one in gpud.store.quarantines.items()}
 
 
+def resets_counted(gpud: Gpud, method: str, outcome: str) -> float:
+    labels = {"method": method, "outcome": outcome}
+    return gpud.metrics.registry.get_sample_value("gpud_gpu_resets_total", labels) or 0
+
+
 async def why_it_failed(gpud: Gpud, instance: Instance) -> str:
     """What the operator reads of an order that ended as an error."""
     assert (await gpud.ended(instance)).status is Status.ERROR
@@ -57,6 +62,7 @@ async def test_a_guest_has_the_card_with_its_companion_and_gives_them_back_reset
     await gpud.deleted(instance)
     # Before its guest and after it; by function, since a companion shares the bus.
     assert kernel.resets == [(GPU, "flr")] * 2
+    assert resets_counted(gpud, "flr", "ok") == 2
     assert set(drivers(kernel).values()) == AS_FOUND
     assert await sellable(gpud) == [GPU, OTHER]
 
@@ -125,6 +131,7 @@ async def test_a_reset_that_fails_quarantines_the_card_and_no_other(
     assert ended.status is Status.TERMINATED
     assert list(quarantines(gpud)) == [GPU]
     assert f"{GPU}/reset" in quarantines(gpud)[GPU]
+    assert resets_counted(gpud, "unknown", "failed") == 1
     assert (kernel.driver(GPU), kernel.driver(OTHER)) == ("vfio-pci", "nvidia")
     assert await sellable(gpud) == [OTHER]
 
@@ -351,6 +358,24 @@ async def test_a_card_that_somebody_elses_domain_took_meanwhile_is_not_reset(
         await gpud.cleaner.release(GPU)
 
 
+async def test_a_start_that_comes_through_behind_the_stop_is_ended_before_its_card_is_reset(
+    start_gpud: StartGpud, kernel: FakeKernel, libvirtd: LibvirtDaemon
+) -> None:
+    hold = Hold(Step.CLEAN_GPUS, after=False)
+    gpud = await start_gpud(hold)
+    instance = await gpud.running()
+    guest = libvirtd.guests[instance.domain_uuid]
+    await gpud.store.request_delete(instance.upstream_id)
+    await hold.reached.wait()
+    assert not libvirtd.guests
+    libvirtd.add(guest)
+    hold.open.set()
+    await gpud.ended(instance)
+    assert not libvirtd.guests
+    assert len(kernel.resets) == 2
+    assert quarantines(gpud) == {}
+
+
 def freezing(write: Write) -> Write:
     """A server that stands still as soon as anything is reset."""
 
@@ -411,6 +436,7 @@ async def test_a_gpu_that_only_changes_its_power_state_is_not_reset(
     kernel.add_function(GPU, driver="nvidia", group=1, reset_methods=("pm",))
     await gpud.inventory.refresh()
     assert "proves nothing" in await why_it_failed(gpud, await gpud.order())
+    assert resets_counted(gpud, "pm", "unproven") > 0
 
 
 async def test_a_card_pulled_while_it_is_cleaned_is_quarantined(

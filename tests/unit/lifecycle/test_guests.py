@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
 
+import libvirt
 import pytest
 import structlog.testing
 
@@ -367,3 +368,31 @@ async def test_a_console_that_cannot_be_written_is_told_of_and_harms_nothing_els
     gpud.guests.attach(instance)
     guest.prints(b"kept\n")
     await until(lambda: gpud.consoles.read(instance.upstream_id) == b"kept\n")
+
+
+# -- a guest that stands still ---------------------------------------------------------------------
+
+
+async def test_a_paused_guest_is_told_of_once_and_so_is_that_it_goes_on(
+    start_gpud: StartGpud, libvirtd: LibvirtDaemon
+) -> None:
+    gpud = await start_gpud()
+    instance = await gpud.running()
+    guest = libvirtd.guests[instance.domain_uuid]
+
+    async def seen() -> list[str]:
+        for _ in range(2):
+            current = gpud.store.live[instance.upstream_id]
+            await gpud.steps.functions()[Step.RUNNING](current)
+        events = await gpud.store.events(instance.upstream_id)
+        return [event.became for event in events if event.became in {"paused", "resumed"}]
+
+    assert await seen() == []
+    guest.state = libvirt.VIR_DOMAIN_PAUSED
+    assert await seen() == ["paused"]
+    guest.state = libvirt.VIR_DOMAIN_RUNNING
+    assert await seen() == ["paused", "resumed"]
+    guest.state = libvirt.VIR_DOMAIN_PAUSED
+    assert await seen() == ["paused", "resumed", "paused"]
+    assert list(libvirtd.guests.values()) == [guest]
+    await gpud.deleted(instance)

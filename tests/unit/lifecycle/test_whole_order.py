@@ -16,6 +16,7 @@ from gpud.errors import Code, GpudError
 from gpud.guest.image import ImageStore
 from gpud.hypervisor.domainxml import CHANNEL_NAME
 from gpud.model import Instance, Status, Step
+from tests.faults import FaultLog
 from tests.unit.fakes.libvirt_daemon import LibvirtDaemon, error
 from tests.unit.fakes.orders import Clock, until
 from tests.unit.fakes.qemu_img import QemuImg, failed
@@ -96,7 +97,7 @@ async def test_two_orders_run_side_by_side_and_the_third_has_no_gpu(
 @MOMENTS
 @pytest.mark.parametrize("step", [*CREATE_STEPS, Step.RUNNING])
 async def test_delete_in_any_step_ends_with_nothing_left(
-    start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step, after: bool
+    start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step, after: bool, fault_log: FaultLog
 ) -> None:
     hold = Hold(step, after=after)
     gpud = await start_gpud(hold)
@@ -107,13 +108,15 @@ async def test_delete_in_any_step_ends_with_nothing_left(
     deleted = await gpud.store.request_delete(instance.upstream_id)
     assert deleted is not None
     assert deleted.status is Status.STOPPING
-    hold.open.set()
-    ended = await gpud.ended(instance)
-    assert ended.status is Status.TERMINATED
-    assert nothing_left(gpud, libvirtd)
-    if step is not Step.RUNNING:
-        events = await gpud.store.events(instance.upstream_id)
-        assert not [event for event in events if event.became.startswith("running")]
+    with fault_log.recovering("DELETE in any step") as findings:
+        hold.open.set()
+        ended = await gpud.ended(instance)
+        assert ended.status is Status.TERMINATED
+        assert nothing_left(gpud, libvirtd)
+        if step is not Step.RUNNING:
+            events = await gpud.store.events(instance.upstream_id)
+            assert not [event for event in events if event.became.startswith("running")]
+        findings.extend(await gpud.findings())
 
 
 async def test_an_order_whose_network_cannot_be_made_gives_its_gpu_back(
@@ -132,7 +135,7 @@ async def test_an_order_whose_network_cannot_be_made_gives_its_gpu_back(
 @MOMENTS
 @pytest.mark.parametrize("step", [*CREATE_STEPS, Step.RUNNING])
 async def test_killed_in_any_create_step_the_order_still_runs(
-    start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step, after: bool
+    start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step, after: bool, fault_log: FaultLog
 ) -> None:
     hold = Hold(step, after=after)
     gpud = await start_gpud(hold)
@@ -140,21 +143,23 @@ async def test_killed_in_any_create_step_the_order_still_runs(
     await hold.reached.wait()
     await gpud.kill()
 
-    gpud = await start_gpud()
-    await gpud.reconciler.once()
-    running = await gpud.reach(instance, Step.RUNNING)
-    assert (running.status, running.grant) == (Status.RUNNING, instance.grant)
-    assert one_domain(libvirtd, instance)
-    assert libvirtd.calls.count("createXML") == 1
-    assert gpud.directories() == {instance.upstream_id}
-    await gpud.deleted(running)
-    assert nothing_left(gpud, libvirtd)
+    with fault_log.recovering("killed in a step of creation") as findings:
+        gpud = await start_gpud()
+        await gpud.reconciler.once()
+        running = await gpud.reach(instance, Step.RUNNING)
+        assert (running.status, running.grant) == (Status.RUNNING, instance.grant)
+        assert one_domain(libvirtd, instance)
+        assert libvirtd.calls.count("createXML") == 1
+        assert gpud.directories() == {instance.upstream_id}
+        await gpud.deleted(running)
+        assert nothing_left(gpud, libvirtd)
+        findings.extend(await gpud.findings())
 
 
 @MOMENTS
 @pytest.mark.parametrize("step", RELEASE_STEPS)
 async def test_killed_in_any_release_step_nothing_is_left(
-    start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step, after: bool
+    start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step, after: bool, fault_log: FaultLog
 ) -> None:
     hold = Hold(step, after=after)
     gpud = await start_gpud(hold)
@@ -163,15 +168,17 @@ async def test_killed_in_any_release_step_nothing_is_left(
     await hold.reached.wait()
     await gpud.kill()
 
-    gpud = await start_gpud()
-    assert (await gpud.ended(instance)).status is Status.TERMINATED
-    assert nothing_left(gpud, libvirtd)
+    with fault_log.recovering("killed in a step of release") as findings:
+        gpud = await start_gpud()
+        assert (await gpud.ended(instance)).status is Status.TERMINATED
+        assert nothing_left(gpud, libvirtd)
+        findings.extend(await gpud.findings())
 
 
 @MOMENTS
 @pytest.mark.parametrize("step", CREATE_STEPS)
 async def test_a_delete_recorded_before_a_crash_is_kept_after_it(
-    start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step, after: bool
+    start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step, after: bool, fault_log: FaultLog
 ) -> None:
     hold = Hold(step, after=after)
     gpud = await start_gpud(hold)
@@ -181,9 +188,11 @@ async def test_a_delete_recorded_before_a_crash_is_kept_after_it(
     await gpud.store.request_delete(instance.upstream_id)
     await gpud.kill()
 
-    gpud = await start_gpud()
-    assert (await gpud.ended(instance)).status is Status.TERMINATED
-    assert nothing_left(gpud, libvirtd)
+    with fault_log.recovering("DELETE in a step, then killed in it") as findings:
+        gpud = await start_gpud()
+        assert (await gpud.ended(instance)).status is Status.TERMINATED
+        assert nothing_left(gpud, libvirtd)
+        findings.extend(await gpud.findings())
 
 
 @MOMENTS
@@ -275,13 +284,15 @@ class Breaking:
 
 @pytest.mark.parametrize("step", CREATE_STEPS)
 async def test_an_order_that_fails_in_any_step_gives_everything_back(
-    start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step
+    start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step, fault_log: FaultLog
 ) -> None:
     gpud = await start_gpud(Breaking(step))
-    ended = await gpud.ended(await gpud.order())
-    assert ended.status is Status.ERROR
-    assert ended.failure is not None
-    assert nothing_left(gpud, libvirtd)
+    with fault_log.recovering("a step of creation fails for good") as findings:
+        ended = await gpud.ended(await gpud.order())
+        assert ended.status is Status.ERROR
+        assert ended.failure is not None
+        assert nothing_left(gpud, libvirtd)
+        findings.extend(await gpud.findings())
     assert len([await gpud.order(f"again-{number}") for number in range(2)]) == 2
 
 
@@ -309,19 +320,21 @@ async def test_a_disk_that_cannot_be_made_fails_the_order(
     ],
 )
 async def test_a_connection_lost_during_any_call_costs_a_retry_only(
-    gpud: Gpud, libvirtd: LibvirtDaemon, call: str, after: bool
+    gpud: Gpud, libvirtd: LibvirtDaemon, call: str, after: bool, fault_log: FaultLog
 ) -> None:
     fault = libvirtd.fault(call, after=after)
-    instance = await gpud.running()
-    assert one_domain(libvirtd, instance)
-    await gpud.deleted(instance)
-    assert fault.reached.is_set()
-    assert nothing_left(gpud, libvirtd)
+    with fault_log.recovering("libvirt: connection lost in a call") as findings:
+        instance = await gpud.running()
+        assert one_domain(libvirtd, instance)
+        await gpud.deleted(instance)
+        assert fault.reached.is_set()
+        assert nothing_left(gpud, libvirtd)
+        findings.extend(await gpud.findings())
 
 
 @pytest.mark.parametrize("step", [*CREATE_STEPS, Step.RUNNING])
 async def test_libvirtd_killed_during_any_step_and_restarted_the_order_still_runs(
-    start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step
+    start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step, fault_log: FaultLog
 ) -> None:
     hold = Hold(step, after=False)
     gpud = await start_gpud(hold)
@@ -329,14 +342,16 @@ async def test_libvirtd_killed_during_any_step_and_restarted_the_order_still_run
     await hold.reached.wait()
     libvirtd.stop()
     await until(lambda: not gpud.hypervisor.available)
-    hold.open.set()
-    libvirtd.start()
-    running = await gpud.reach(instance, Step.RUNNING)
-    assert running.status is Status.RUNNING
-    await gpud.hypervisor.wait_available()
-    assert one_domain(libvirtd, instance)
-    await gpud.deleted(running)
-    assert nothing_left(gpud, libvirtd)
+    with fault_log.recovering("libvirtd killed and restarted in any step") as findings:
+        hold.open.set()
+        libvirtd.start()
+        running = await gpud.reach(instance, Step.RUNNING)
+        assert running.status is Status.RUNNING
+        await gpud.hypervisor.wait_available()
+        assert one_domain(libvirtd, instance)
+        await gpud.deleted(running)
+        assert nothing_left(gpud, libvirtd)
+        findings.extend(await gpud.findings())
 
 
 async def test_a_running_instance_stays_running_while_libvirt_is_away_for_days(

@@ -220,6 +220,8 @@ async def test_an_order_that_cannot_be_kept_is_released_and_ends_as_error(
     assert ended.status is Status.ERROR
     assert script.of(instance) == [*CREATE_STEPS[: CREATE_STEPS.index(step) + 1], *RELEASE_WAY]
     assert failures(metrics, step, Code.GUEST_FAILED) == 1
+    given_up = {"step": step.value}
+    assert metrics.registry.get_sample_value("gpud_order_failures_total", given_up) == 1
     again = await store.admit(order("next"), granting(grant(1)))
     assert again.instance.grant.gpus == instance.grant.gpus
 
