@@ -53,6 +53,7 @@ class JwksUrl:
         self._on_change = on_change
         self._jwks: Jwks | None = None
         self._failures = 0
+        self._problem: str | None = None
         self._next_fetch_at = -math.inf
         self._last_demand_at = -math.inf
         self._flight: asyncio.Task[None] | None = None
@@ -63,6 +64,11 @@ class JwksUrl:
     def keys(self) -> KeySet | None:
         """The keys last fetched; None while there have never been any."""
         return self._jwks.keys if self._jwks else None
+
+    @property
+    def problem(self) -> str | None:
+        """Why the last attempt failed; None when it did not."""
+        return self._problem
 
     @property
     def retry_after_s(self) -> int | None:
@@ -141,6 +147,7 @@ class JwksUrl:
 
     def _failed(self, reason: str) -> None:
         self._failures += 1
+        self._problem = reason
         if self._failures == 1:
             kept = len(self.keys.keys) if self.keys else 0
             _log.warning(
@@ -151,6 +158,7 @@ class JwksUrl:
         if self._failures:
             _log.info("jwks available again", url=self._shown_url, after_failures=self._failures)
         self._failures = 0
+        self._problem = None
         before, self._jwks = self._jwks, jwks
         if before == jwks:
             return

@@ -1,0 +1,1 @@
+"""What an operator has to mend before this server sells: ``gpud doctor``."""
