@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from gpud.config import Log
+from gpud.errors import Code
+from gpud.model import RELEASE_STEPS, Step
 
-_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200)
+_ANSWER_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_STEP_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 900)
+_ORDER_BUCKETS_S = (5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 300, 450, 600, 900)
+
+_ORDER_OUTCOMES = ("accepted", "replayed", *(code.value for code in (
+    Code.INVALID_JSON, Code.INVALID_REQUEST, Code.INSTANCE_ID_REUSED, Code.NO_CAPACITY,
+    Code.NOT_OFFERED, Code.HYPERVISOR_UNAVAILABLE,
+)))  # fmt: skip
 
 
 def set_up_logging(log: Log) -> None:
@@ -31,9 +41,28 @@ def set_up_logging(log: Log) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(
             logging.getLevelNamesMapping()[log.level.upper()]
         ),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=lambda *_: _Lines(),
         cache_logger_on_first_use=True,
     )
+
+
+class _Lines(structlog.WriteLogger):
+    """Writes lines to standard error. One that cannot be written is lost, and nothing else.
+
+    Standard error may lie on a full disk, or its reader may be gone; an error out of a log call would end
+    whatever was about to tell something, such as the task that drives an order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+
+    def msg(self, message: str) -> None:
+        """Write a line."""
+        with contextlib.suppress(OSError):
+            super().msg(message)
+
+    log = debug = info = warn = warning = msg
+    fatal = failure = err = error = critical = exception = msg
 
 
 def _exceptions_without_values(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
@@ -54,71 +83,113 @@ def _exceptions_without_values(_: WrappedLogger, __: str, event: EventDict) -> E
 
 
 class Metrics:
-    """Every metric gpud exports, in a registry of its own. Label values are from closed sets."""
+    """What is counted where it happens, in a registry of its own; :mod:`gpud.watch` adds to its page
+    what is true at the moment.
+
+    Label values are from closed sets: no caller and no guest can make one up. Names and units keep
+    Prometheus' conventions (prometheus.io/docs/practices/naming).
+    """  # noqa: D205 - one sentence
 
     def __init__(self) -> None:
+        # When each series began: as many series again, for what Prometheus finds out by itself.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
+        self._count_api()
+        self._count_orders()
+        self._count_steps()
+        self._count_gpus()
+        self._count_libvirt()
+
+    def _count_api(self) -> None:
         self.requests = Counter(
             "gpud_api_requests", "API requests by route, method and status.",
             ["route", "method", "status"], registry=self.registry,
         )  # fmt: skip
         self.request_seconds = Histogram(
             "gpud_api_request_seconds", "Time to answer an API request.",
-            ["route"], buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5, 30),
-            registry=self.registry,
+            ["route"], buckets=_ANSWER_BUCKETS_S, registry=self.registry,
         )  # fmt: skip
         self.token_failures = Counter(
             "gpud_token_failures", "Refused bearer tokens by reason.",
             ["reason"], registry=self.registry,
         )  # fmt: skip
+        self.unknown_fields = Counter(
+            "gpud_unknown_request_fields", "Fields in order bodies that gpud does not know.",
+            registry=self.registry,
+        )  # fmt: skip
+
+    def _count_orders(self) -> None:
         self.orders = Counter(
             "gpud_orders", "Orders by outcome: accepted, replayed, or the code of the refusal.",
             ["outcome"], registry=self.registry,
+        )  # fmt: skip
+        for outcome in _ORDER_OUTCOMES:  # so that the first of each is seen as an increase
+            self.orders.labels(outcome)
+        self.gpu_claims = Counter(
+            "gpud_gpu_claims", "GPUs that accepted orders have claimed.",
+            ["gpu_type", "tier"], registry=self.registry,
         )  # fmt: skip
         self.capacity_refusals = Counter(
             "gpud_capacity_refusals", "Orders refused for lack of something, by what was short.",
             ["shortage"], registry=self.registry,
         )  # fmt: skip
-        self.unknown_fields = Counter(
-            "gpud_unknown_request_fields", "Fields in order bodies that gpud does not know.",
-            registry=self.registry,
+        self.earnings_usd = Counter(
+            "gpud_earnings_usd", "What instances have earned since the first one, by the record.",
+            ["gpu_type", "tier"], registry=self.registry,
         )  # fmt: skip
-        self.instances = Gauge(
-            "gpud_instances", "Live instances by status.",
-            ["status"], registry=self.registry,
-        )  # fmt: skip
-        self.gpus = Gauge(
-            "gpud_gpus", "Cards by GPU type (none: not sold by GPU.ai) and state.",
-            ["gpu_type", "state"], registry=self.registry,
-        )  # fmt: skip
-        self.quarantines = Counter(
-            "gpud_gpu_quarantines", "Cards that did not come back from an instance as they must.",
-            registry=self.registry,
-        )  # fmt: skip
+
+    def _count_steps(self) -> None:
         self.step_seconds = Histogram(
             "gpud_step_seconds", "Time an instance spent in a step before moving on.",
-            ["step"], buckets=_BUCKETS_S, registry=self.registry,
+            ["step"], buckets=_STEP_BUCKETS_S, registry=self.registry,
         )  # fmt: skip
         self.step_failures = Counter(
             "gpud_step_failures", "Attempts at a step that failed, by code.",
             ["step", "code"], registry=self.registry,
         )  # fmt: skip
+        self.order_failures = Counter(
+            "gpud_order_failures", "Orders that were given up, by the step that they failed in.",
+            ["step"], registry=self.registry,
+        )  # fmt: skip
+        for step in set(Step) - RELEASE_STEPS - {Step.ENDED}:  # those are never given up
+            self.order_failures.labels(step.value)
         self.order_to_running_seconds = Histogram(
             "gpud_order_to_running_seconds", "From an accepted order to its script being started.",
-            ["gpu_type"], buckets=_BUCKETS_S, registry=self.registry,
+            ["gpu_type"], buckets=_ORDER_BUCKETS_S, registry=self.registry,
         )  # fmt: skip
         self.script_exits = Counter(
             "gpud_startup_script_exits", "Startup scripts that ended, by whether they succeeded.",
             ["result"], registry=self.registry,
         )  # fmt: skip
+        for result in ("ok", "failed"):
+            self.script_exits.labels(result)
         self.guest_restarts = Counter(
             "gpud_guest_restarts", "Guests that ended by themselves and were started again.",
             registry=self.registry,
         )  # fmt: skip
-        self.hypervisor_up = Gauge(
-            "gpud_hypervisor_up", "1 while libvirt answers.", registry=self.registry
-        )
         self.orphans = Counter(
             "gpud_orphans_removed", "Things of gpud's own found without an instance, by kind.",
             ["kind"], registry=self.registry,
+        )  # fmt: skip
+
+    def _count_gpus(self) -> None:
+        self.quarantines = Counter(
+            "gpud_gpu_quarantines", "Cards that did not come back from an instance as they must.",
+            registry=self.registry,
+        )  # fmt: skip
+        self.resets = Counter(
+            "gpud_gpu_resets",
+            "Resets of PCI functions by method (unknown: none did it) and outcome: ok, failed, or"
+            " unproven where the card was not found sane afterwards.",
+            ["method", "outcome"], registry=self.registry,
+        )  # fmt: skip
+
+    def _count_libvirt(self) -> None:
+        self.libvirt_calls = Counter(
+            "gpud_libvirt_calls", "Calls of libvirt by outcome: ok, failed, unavailable, timeout.",
+            ["call", "outcome"], registry=self.registry,
+        )  # fmt: skip
+        self.libvirt_call_seconds = Histogram(
+            "gpud_libvirt_call_seconds", "Time that a call of libvirt took, its turn included.",
+            ["call"], buckets=_ANSWER_BUCKETS_S, registry=self.registry,
         )  # fmt: skip

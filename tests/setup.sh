@@ -13,7 +13,7 @@ packages=(
   # the lab's small guest
   cpio
   # the far end of the guest's tunnel, and what the tests look with
-  openssh-server openssh-client xorriso shellcheck git ca-certificates
+  openssh-server openssh-client prometheus xorriso shellcheck git ca-certificates
 )
 
 say() { printf 'setup: %s\n' "$*" >&2; }

@@ -38,6 +38,21 @@ class Capacity:
     storage_gib: int
 
 
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """The file system of the state directory.
+
+    Attributes:
+        size_bytes: All of it.
+        free_bytes: What gpud and guests may still write.
+        instances_bytes: What instances' files take up.
+    """
+
+    size_bytes: int
+    free_bytes: int
+    instances_bytes: int
+
+
 def measure(
     state_dir: Path,
     hugepage_kib: int | None = None,
@@ -66,6 +81,17 @@ def measure(
         raise GpudError(
             Code.STATE_UNUSABLE, f"the capacity of this host cannot be read: {error}"
         ) from error
+
+
+def disk(state_dir: Path) -> Disk:
+    """Read how full the file system of the state directory is.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    found = os.statvfs(state_dir)
+    size_bytes = found.f_blocks * found.f_frsize
+    return Disk(size_bytes, _free_bytes(state_dir), _instances_bytes(state_dir))
 
 
 def cpus(node: int, sysfs: Path = Path("/sys")) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 from uuid import UUID
@@ -18,10 +19,11 @@ from uuid import UUID
 import libvirt
 import structlog
 
-from gpud.errors import Code
+from gpud.errors import Code, GpudError
 from gpud.hypervisor.calls import Calls
 from gpud.hypervisor.events import DomainEvent, name_event, start_event_loop
 from gpud.hypervisor.faults import connection_lost, translate, unavailable
+from gpud.telemetry import Metrics
 
 log = structlog.get_logger()
 
@@ -39,10 +41,11 @@ _GOODBYE_S = 2.0
 class Connection:
     """The way to libvirt. :meth:`run` keeps it open; everything else goes through :meth:`call`."""
 
-    def __init__(self, uri: str, call_timeout_s: float, threads: int) -> None:
+    def __init__(self, uri: str, call_timeout_s: float, threads: int, metrics: Metrics) -> None:
         self.calls: Final = Calls(threads)
         self._uri = uri
         self._call_timeout_s = call_timeout_s
+        self._metrics = metrics
         self._current: libvirt.virConnect | None = None
         self._answers = asyncio.Event()
         self._look_again = asyncio.Event()
@@ -93,6 +96,7 @@ class Connection:
 
     async def call(
         self,
+        name: str,
         key: str,
         what: str,
         act: Callable[[libvirt.virConnect], T],
@@ -102,6 +106,7 @@ class Connection:
         """Run ``act(connection)`` in a thread, after any earlier call with the same key.
 
         Args:
+            name: Of the call, for the metrics; one of a few.
             key: What the call concerns, such as a guest: calls with one key follow each other.
             what: What is done to which thing, for the error: ``start guest 6f0c…``.
             act: The libvirt calls; may block.
@@ -112,18 +117,31 @@ class Connection:
             GpudError: The call failed; HYPERVISOR_UNAVAILABLE when libvirt is away or does not answer.
         """
         limit_s = max(self._call_timeout_s, timeout_s or 0)
+        began = time.monotonic()
         try:
-            return await self.calls.run(key, lambda: act(self._connected(what)), limit_s)
+            result = await self.calls.run(key, lambda: act(self._connected(what)), limit_s)
         except libvirt.libvirtError as error:
             if connection_lost(error):
                 self._look_again.set()
-            raise translate(error, what, code) from error
+            problem = translate(error, what, code)
+            self._account(name, _outcome(problem), began)
+            raise problem from error
+        except GpudError as problem:
+            self._account(name, _outcome(problem), began)
+            raise
         except TimeoutError:
             self._look_again.set()
+            self._account(name, "timeout", began)
             detail = f"libvirt has not finished within {limit_s:g} s to {what}"
             raise unavailable(
                 detail, "gpud tries again; if it stays so, restart libvirtd"
             ) from None
+        self._account(name, "ok", began)
+        return result
+
+    def _account(self, name: str, outcome: str, began: float) -> None:
+        self._metrics.libvirt_calls.labels(name, outcome).inc()
+        self._metrics.libvirt_call_seconds.labels(name).observe(time.monotonic() - began)
 
     def _connected(self, what: str) -> libvirt.virConnect:
         if self._current is None:
@@ -203,6 +221,10 @@ class Connection:
 
     def _tell(self, uuid: UUID, event: DomainEvent, detail: str) -> None:
         _tell_all(self._on_event, uuid, event, detail)
+
+
+def _outcome(problem: GpudError) -> str:
+    return "unavailable" if problem.code is Code.HYPERVISOR_UNAVAILABLE else "failed"
 
 
 def _tell_all(listeners: Sequence[Callable[..., None]], *news: object) -> None:

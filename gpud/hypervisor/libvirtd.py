@@ -26,6 +26,7 @@ from gpud.hypervisor.domainxml import CHANNEL_NAME
 from gpud.hypervisor.networkxml import Lease, NetworkSpec
 from gpud.hypervisor.stream import GuestStream
 from gpud.model import PciAddress
+from gpud.telemetry import Metrics
 
 T = TypeVar("T")
 
@@ -39,6 +40,7 @@ class Hypervisor:
         call_timeout_s: float,
         threads: int,
         cpuinfo: Path = Path("/proc/cpuinfo"),
+        metrics: Metrics | None = None,
     ) -> None:
         """Prepare; nothing is opened yet.
 
@@ -47,8 +49,9 @@ class Hypervisor:
             call_timeout_s: How long a caller waits for one call.
             threads: How many calls may be under way at once.
             cpuinfo: Where the host's CPU flags are read.
+            metrics: Where calls are counted; None where nobody looks.
         """
-        self._connection = Connection(uri, call_timeout_s, threads)
+        self._connection = Connection(uri, call_timeout_s, threads, metrics or Metrics())
         self._cpuinfo = cpuinfo
         self._streams: WeakSet[GuestStream] = WeakSet()
         self._connection.on_disconnect(self._end_streams)
@@ -92,7 +95,7 @@ class Hypervisor:
         """
         act = partial(domains.start, uuid=uuid, xml=xml)
         what = f"start guest {uuid}"
-        await self._connection.call(str(uuid), what, act, timeout_s=timeout_s)
+        await self._connection.call("start", str(uuid), what, act, timeout_s=timeout_s)
 
     async def stop(self, uuid: UUID) -> None:
         """End the guest without asking it; on return its domain is gone.
@@ -101,40 +104,43 @@ class Hypervisor:
             GpudError: GUEST_FAILED when it cannot be ended.
         """
         act = partial(domains.stop, uuid=uuid)
-        await self._connection.call(str(uuid), f"stop guest {uuid}", act)
+        await self._connection.call("stop", str(uuid), f"stop guest {uuid}", act)
 
     async def find(self, uuid: UUID) -> Domain | None:
         """Look up a running guest; None when it does not run."""
         act = partial(domains.find, uuid=uuid)
-        return await self._connection.call(str(uuid), f"look up guest {uuid}", act)
+        return await self._connection.call("find", str(uuid), f"look up guest {uuid}", act)
 
     async def domains(self) -> list[Domain]:
         """List every active domain of the host, other people's included."""
-        return await self._connection.call("domains", "list domains", domains.active)
+        return await self._connection.call("domains", "domains", "list domains", domains.active)
 
     async def passed_functions(self) -> dict[PciAddress, str]:
         """The PCI functions of the host that active domains have, each with its domain's name."""
-        return await self._connection.call("domains", "list devices of domains", domains.passed)
+        what = "list devices of domains"
+        return await self._connection.call("passed_functions", "domains", what, domains.passed)
 
     async def console(self, uuid: UUID) -> GuestStream:
         """Open the guest's serial console, taking it over from whoever holds it."""
         act = partial(domains.open_console, uuid=uuid)
-        return await self._stream(uuid, f"open the console of guest {uuid}", act)
+        return await self._stream("console", uuid, f"open the console of guest {uuid}", act)
 
     async def channel(self, uuid: UUID, target: str = CHANNEL_NAME) -> GuestStream:
         """Open the host's end of the guest's port ``target``, taking it over from whoever holds it."""
         act = partial(domains.open_channel, uuid=uuid, target=target)
-        return await self._stream(uuid, f"open channel {target} of guest {uuid}", act)
+        return await self._stream("channel", uuid, f"open channel {target} of guest {uuid}", act)
 
     async def kind(self) -> Literal["kvm", "qemu"]:
         """Choose the domain type for this host: ``kvm`` where CPU and libvirt have it."""
         cpuinfo = await asyncio.to_thread(self._cpuinfo.read_text)
         act = partial(domains.best_type, cpuinfo=cpuinfo)
-        return await self._connection.call("kind", "read libvirt's capabilities", act)
+        return await self._connection.call("kind", "kind", "read libvirt's capabilities", act)
 
     async def version(self) -> str:
         """Name the versions of libvirt and of the hypervisor under it."""
-        return await self._connection.call("version", "ask for versions", domains.version)
+        return await self._connection.call(
+            "version", "version", "ask for versions", domains.version
+        )
 
     async def ensure_network(self, spec: NetworkSpec) -> None:
         """Make the guests' network if it does not exist, and start it if it does not run.
@@ -143,38 +149,45 @@ class Hypervisor:
             GpudError: CONFIG_INVALID when a network of that name has another subnet.
         """
         act = partial(networks.ensure, spec=spec)
-        await self._network_call(spec.name, f"start network {spec.name}", act)
+        await self._network_call("ensure_network", spec.name, f"start network {spec.name}", act)
 
     async def add_lease(self, network: str, mac: str, address: IPv4Address, name: str) -> None:
         """Give ``address`` to ``mac`` alone; an entry that has only one of the two gives way."""
         act = partial(networks.set_lease, name=network, lease=Lease(mac, address, name))
-        await self._network_call(network, f"give {address} to {mac} in network {network}", act)
+        what = f"give {address} to {mac} in network {network}"
+        await self._network_call("add_lease", network, what, act)
 
     async def remove_lease(self, network: str, mac: str) -> None:
         """Take the address of ``mac`` back; nothing to do when it has none."""
         act = partial(networks.remove_lease, name=network, mac=mac)
-        await self._network_call(network, f"take back the address of {mac} in {network}", act)
+        what = f"take back the address of {mac} in {network}"
+        await self._network_call("remove_lease", network, what, act)
 
     async def leases(self, network: str) -> list[Lease]:
         """List the fixed addresses that the network gives out now."""
         act = partial(networks.leases, name=network)
-        return await self._network_call(network, f"read the addresses of network {network}", act)
+        what = f"read the addresses of network {network}"
+        return await self._network_call("leases", network, what, act)
 
     async def _network_call(
-        self, network: str, what: str, act: Callable[[libvirt.virConnect], T]
+        self, name: str, network: str, what: str, act: Callable[[libvirt.virConnect], T]
     ) -> T:
         key = f"network {network}"
-        return await self._connection.call(key, what, act, Code.HOST_COMMAND_FAILED)
+        return await self._connection.call(name, key, what, act, Code.HOST_COMMAND_FAILED)
 
     async def _stream(
-        self, uuid: UUID, what: str, act: Callable[[libvirt.virConnect], libvirt.virStream]
+        self,
+        name: str,
+        uuid: UUID,
+        what: str,
+        act: Callable[[libvirt.virConnect], libvirt.virStream],
     ) -> GuestStream:
         calls, loop = self._connection.calls, asyncio.get_running_loop()
 
         def open_stream(connection: libvirt.virConnect) -> tuple[libvirt.virConnect, GuestStream]:
             return connection, GuestStream(act(connection), calls, loop)
 
-        connection, stream = await self._connection.call(str(uuid), what, open_stream)
+        connection, stream = await self._connection.call(name, str(uuid), what, open_stream)
         self._streams.add(stream)
         if not self._connection.is_current(connection):  # lost while the stream was opened
             stream.end()

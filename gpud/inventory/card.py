@@ -87,6 +87,8 @@ class Health:
     memory_used_mib: int | None = None
     ecc_uncorrected: int | None = None
     retired_pages: int | None = None
+    retirement_pending: bool | None = None
+    remap_pending: bool | None = None
     vbios: str | None = None
     inforom: str | None = None
 

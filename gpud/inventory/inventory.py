@@ -43,7 +43,8 @@ class Inventory:
     """What this host has, looked at again and again.
 
     ``host`` and ``cards`` join the last look with the record as it is at the moment, so a quarantine
-    or an order counts at once. They may be read on any thread. ``view`` counts the looks.
+    or an order counts at once. They may be read on any thread. ``view`` counts the looks;
+    ``problem`` tells why the host could not be read when that was last tried.
 
     Args:
         config: Types, reserve, addresses and stand-ins.
@@ -84,6 +85,7 @@ class Inventory:
         self._ended: set[str] = set()
         self._look_now = asyncio.Event()
         self.nvml_problem: str | None = None
+        self.problem: str | None = "the host has not been looked at yet"
         self.view = 0
         store.subscribe(self._heard)
 
@@ -113,6 +115,14 @@ class Inventory:
         Raises:
             GpudError, OSError: The host cannot be read; the former view stays.
         """
+        try:
+            await self._look()
+        except (GpudError, OSError) as error:
+            self.problem = str(error)
+            raise
+        self.problem = None
+
+    async def _look(self) -> None:
         if self._facts is None and self._nvml is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_FIRST_ANSWER_S):

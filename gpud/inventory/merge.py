@@ -162,6 +162,8 @@ def _health(sighting: Sighting) -> Health:
         memory_used_mib=seen.memory_used_mib,
         ecc_uncorrected=seen.ecc_uncorrected,
         retired_pages=seen.retired_pages,
+        retirement_pending=seen.retirement_pending,
+        remap_pending=seen.remap_pending,
         vbios=seen.vbios,
         inforom=seen.inforom,
     )

@@ -172,6 +172,34 @@ async def test_one_hung_guest_leaves_the_rest_available(
         assert hypervisor.calls_in_thread == 1
 
 
+async def test_calls_are_counted_by_name_and_outcome(
+    running: Running, opened: list[Any], hang: Callable[..., int]
+) -> None:
+    async with running(call_timeout_s=0.5) as hypervisor:
+        await hypervisor.domains()
+        with pytest.raises(GpudError):
+            await hypervisor.start(NAME_UUID, "<domain/>")
+        opened[0].createXML = hang
+        with pytest.raises(GpudError):
+            await hypervisor.start(NAME_UUID, XML)
+    with pytest.raises(GpudError):
+        await hypervisor.domains()
+    page = hypervisor._connection._metrics.registry
+    counted = {
+        (sample.labels["call"], sample.labels["outcome"]): sample.value
+        for family in page.collect()
+        for sample in family.samples
+        if sample.name == "gpud_libvirt_calls_total"
+    }
+    assert counted == {
+        ("domains", "ok"): 1,
+        ("domains", "unavailable"): 1,
+        ("start", "failed"): 1,
+        ("start", "timeout"): 1,
+    }
+    assert page.get_sample_value("gpud_libvirt_call_seconds_count", {"call": "start"}) == 2
+
+
 async def test_lifecycle_events_reach_every_listener_on_the_event_loop(running: Running) -> None:
     seen: list[tuple[UUID, DomainEvent, str]] = []
     threads: set[threading.Thread] = set()

@@ -79,6 +79,8 @@ def test_json_tells_all_there_is() -> None:
         "memory_used_mib": 4,
         "ecc_uncorrected": 0,
         "retired_pages": 2,
+        "retirement_pending": False,
+        "remap_pending": False,
         "vbios": "95.02",
         "inforom": "G002",
     }

@@ -287,19 +287,27 @@ async def test_a_card_that_nvml_leaves_out_is_not_sold(server: Server, nvml_on: 
 # ---- going on and on
 
 
+def problem(view: Inventory) -> str | None:
+    return view.problem
+
+
 async def test_a_failed_look_keeps_the_former_view(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inventory, "_LOOK_EVERY_S", 0.001)
     view = server.inventory()
+    assert problem(view) == "the host has not been looked at yet"
     await view.refresh()
+    assert problem(view) is None
     server.fails = OSError("gone")
     async with kept_up(view):
         await asyncio.sleep(0.02)
         assert view.host.cpu_cores == 6
+        assert problem(view) == "gone"
         server.capacity = replace(server.capacity, nodes=(NumaNode(0, 9, 16384),))
         server.fails = None
         await until(lambda: view.host.cpu_cores == 7)
+        assert problem(view) is None
 
 
 async def test_a_look_follows_at_once_when_an_instance_has_ended(

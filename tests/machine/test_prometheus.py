@@ -1,0 +1,189 @@
+"""Debian's Prometheus watches a real gpud: what it scraped, what it computes, which alerts it raises."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import yaml
+
+from gpud import __version__
+from tests.machine.gpu_ai import gpu_ai
+from tests.machine.processes import Program, free_port, output_of
+from tests.machine.server import GpudServer
+
+CONFIG = Path(__file__).parents[2] / "config"
+ALERTS = CONFIG / "prometheus-alerts.yaml"
+NOWHERE = "test:///default"  # libvirt's own test driver: its guests are words
+EIGHT_GPUS = {"instance_id": "no", "gpu_type": "h100_sxm", "gpu_count": 8, "tier": "on_demand"}
+
+
+class Prometheus:
+    """A Prometheus that scrapes one gpud, every second, with gpud's own alerts."""
+
+    def __init__(self, directory: Path, target: str) -> None:
+        self.port = free_port()
+        config = {
+            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+            "rule_files": [str(ALERTS)],
+            "scrape_configs": [{"job_name": "gpud", "static_configs": [{"targets": [target]}]}],
+        }
+        file = directory / "prometheus.yml"
+        file.write_text(yaml.safe_dump(config))
+        self.program = Program(
+            "prometheus",
+            ["prometheus", f"--config.file={file}", f"--storage.tsdb.path={directory / 'tsdb'}",
+             f"--web.listen-address=127.0.0.1:{self.port}", "--log.level=warn"],
+            directory / "prometheus.log", {},
+        )  # fmt: skip
+
+    async def ready(self) -> None:
+        """Wait until it answers queries."""
+        await self.program.listening(self.port)
+        async with asyncio.timeout(30), aiohttp.ClientSession() as session:
+            while (await session.get(f"http://127.0.0.1:{self.port}/-/ready")).status != 200:
+                await asyncio.sleep(0.1)
+
+    async def ask(self, path: str, **query: str) -> Any:
+        """Its HTTP API's answer; a query that it does not understand is a failure."""
+        url = f"http://127.0.0.1:{self.port}/api/v1/{path}"
+        async with aiohttp.ClientSession() as session, session.get(url, params=query) as answer:
+            told = await answer.json()
+        assert told["status"] == "success", (query, told)
+        return told["data"]
+
+    async def value(self, query: str) -> float | None:
+        """The one number of a query; None while there is none."""
+        found = (await self.ask("query", query=query))["result"]
+        assert len(found) <= 1, found
+        return float(found[0]["value"][1]) if found else None
+
+    async def until(self, query: str, wanted: float, timeout_s: float = 30) -> None:
+        """Wait until a query gives a number."""
+        deadline = time.monotonic() + timeout_s
+        while (found := await self.value(query)) != pytest.approx(wanted):
+            assert time.monotonic() < deadline, f"{query} is {found}, not {wanted}"
+            await asyncio.sleep(0.2)
+
+
+@asynccontextmanager
+async def watched(server: GpudServer) -> AsyncIterator[Prometheus]:
+    server.issuer.start()
+    await server.issuer.listening(int(server.issuer_url.rsplit(":", 1)[1]))
+    await server.start_daemon()
+    prometheus = Prometheus(server.state_dir, f"127.0.0.1:{server.config['metrics']['port']}")
+    try:
+        prometheus.program.start()
+        await prometheus.ready()
+        await prometheus.until('up{job="gpud"}', 1)
+        yield prometheus
+    finally:
+        prometheus.program.stop()
+        server.stop()
+        server.erase()
+
+
+async def health(server: GpudServer, path: str) -> tuple[int, Any]:
+    url = f"http://127.0.0.1:{server.config['metrics']['port']}/{path}"
+    async with aiohttp.ClientSession() as session, session.get(url) as answer:
+        return answer.status, await answer.json()
+
+
+async def test_promtool_finds_no_fault_in_the_alerts() -> None:
+    assert "rules found" in await output_of("promtool", "check", "rules", str(ALERTS))
+    tests = Path(__file__).with_name("alerts_test.yaml")
+    assert "SUCCESS" in await output_of("promtool", "test", "rules", str(tests))
+
+
+async def test_prometheus_scrapes_what_happened_and_raises_what_is_wrong(state_dir: Path) -> None:
+    server = GpudServer.with_own_ports(state_dir, libvirt={"uri": NOWHERE})
+    metrics_port = server.config["metrics"]["port"]
+    async with watched(server) as prometheus:
+        page = f"http://127.0.0.1:{metrics_port}/metrics"
+        lint = f"curl -s {page} | promtool check metrics"
+        assert await output_of("bash", "-o", "pipefail", "-c", lint) == ""
+
+        await prometheus.until("gpud_libvirt_up", 1)
+        assert await health(server, "healthz") == (200, {"problems": {}})
+        assert await health(server, "readyz") == (200, {"problems": {}})
+        assert await prometheus.value(f'gpud_build_info{{version="{__version__}"}}') == 1
+        await prometheus.until('gpud_gpus{gpu_type="h100_sxm", state="available"}', 2)
+        await prometheus.until("gpud_guest_image_usable", 0)
+
+        disk = state_dir / "no system.qcow2"
+        await output_of("qemu-img", "create", "-q", "-f", "qcow2", str(disk), "1M")
+        await server.gpud("image", "add", str(disk), "--name", server.config["guest"]["image"])
+        await prometheus.until("gpud_guest_image_usable", 1)
+        await prometheus.until("sum(gpud_offers_available)", 6)
+
+        async with gpu_ai(server.url, server.issuer_url) as caller:
+            for _ in range(3):
+                assert (await caller.call("POST", "/v1/instances", EIGHT_GPUS))[0] == 422
+            accepted = await caller.order(**{**EIGHT_GPUS, "instance_id": "a", "gpu_count": 2})
+            one_more = {**EIGHT_GPUS, "instance_id": "b", "gpu_count": 1}
+            assert (await caller.call("POST", "/v1/instances", one_more))[0] == 409
+            await prometheus.until('gpud_gpus{state="in_use"}', 2)
+            await prometheus.until('gpud_instances{status="creating"}', 1)
+            await prometheus.until("sum(gpud_offers_available)", 0)
+            await caller.delete(accepted["upstream_id"])
+            await caller.wait_for(accepted["upstream_id"], "terminated", 30)
+            assert (await caller.call("GET", "/v1/instances/made-up"))[0] == 404
+            caller.token = "x.y.z"
+            assert (await caller.call("GET", "/v1/gpu/available"))[0] == 401
+        refused = 'gpud_orders_total{outcome="not_offered"}'
+        await prometheus.until(refused, 3)
+        await prometheus.until(f"increase({refused}[1m]) > bool 0", 1)
+        await prometheus.until('gpud_orders_total{outcome="accepted"}', 1)
+        await prometheus.until('gpud_gpu_claims_total{tier="on_demand"}', 2)
+        await prometheus.until('gpud_capacity_refusals_total{shortage="gpus"}', 1)
+        await prometheus.until('gpud_step_seconds_count{step="return_gpus"}', 1)
+        await prometheus.until('gpud_libvirt_calls_total{call="start", outcome="ok"}', 1)
+        await prometheus.until('gpud_gpus{state="available"}', 2)
+        await prometheus.until("sum(gpud_instances)", 0)
+        await prometheus.until('gpud_token_failures_total{reason="malformed"}', 1)
+        requests = "gpud_api_requests_total"
+        await prometheus.until(f'sum({requests}{{route="/v1/instances", status="422"}})', 3)
+        await prometheus.until(f'{requests}{{route="/v1/instances/{{id}}", status="404"}}', 1)
+        assert await prometheus.value(f'{requests}{{route=~".*made-up.*"}}') is None
+        timed = 'gpud_api_request_seconds_count{route="/v1/instances"}'
+        await prometheus.until(timed, 5)
+
+        card = (await prometheus.ask("query", query="gpud_gpu_info"))["result"][0]["metric"]["gpu"]
+        await server.gpud("gpus", "quarantine", card, "--reason", "a test")
+        await prometheus.until(f'gpud_gpu_not_sold{{gpu="{card}", reason="quarantined"}}', 1)
+        firing = 'ALERTS{alertname="GpudGpuQuarantined", alertstate="firing"}'
+        await prometheus.until(f"{firing} * on (gpu) group_left (gpu_type) gpud_gpu_info", 1)
+
+        for panel in json.loads((CONFIG / "grafana-dashboard.json").read_text())["panels"]:
+            for target in panel.get("targets", []):
+                await prometheus.ask("query", query=filled_in(target["expr"]))
+        groups = (await prometheus.ask("rules"))["groups"]
+        assert {rule["health"] for group in groups for rule in group["rules"]} == {"ok"}
+
+        server.daemon.kill()
+        await prometheus.until('up{job="gpud"}', 0)
+        pending = 'ALERTS{alertname="GpudDown", alertstate="pending"}'
+        await prometheus.until(f"count({pending})", 1)
+
+
+async def test_a_gpud_without_libvirt_says_so(state_dir: Path) -> None:
+    server = GpudServer.with_own_ports(state_dir, libvirt={"uri": "qemu+unix:///system?socket=/no"})
+    async with watched(server) as prometheus:
+        await prometheus.until("gpud_libvirt_up", 0)
+        status, told = await health(server, "readyz")
+        assert (status, list(told["problems"])) == (503, ["libvirt"])
+        assert (await health(server, "healthz"))[0] == 200
+
+
+def filled_in(expression: str) -> str:
+    """As Grafana asks it, for all servers."""
+    for name, value in (("$server", ".*"), ("$__rate_interval", "1m"), ("$__range", "1h")):
+        expression = expression.replace(name, value)
+    return expression
