@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import aiohttp
 
 from gpud.errors import Code, GpudError
+
+_POLL_S = 1.0
 
 
 def get(socket: Path, path: str) -> Any:  # noqa: ANN401 - whatever JSON the daemon answers
@@ -39,6 +42,47 @@ def copy(socket: Path, path: str, target: BinaryIO) -> None:
         GpudError: The daemon does not answer, or refuses.
     """
     asyncio.run(_copy(socket, path, target))
+
+
+def follow_events(
+    socket: Path, wanted: Mapping[str, str], after: int, say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Every event after the one with the id ``after``, as it comes, for ever.
+
+    Args:
+        socket: Where the daemon listens.
+        wanted: Which events, as the query of ``/events`` has it.
+        after: The id of the last event that is known.
+        say: Is told when the daemon goes away and comes back, over which events are not lost.
+
+    Raises:
+        GpudError: The daemon refuses.
+    """
+    away = False
+    while True:
+        time.sleep(_POLL_S)
+        try:
+            if away:  # it may have come back with an older record, from a backup
+                newest = get(socket, events_path({"limit": "1"}))["events"]
+                after = min(after, newest[-1]["id"] if newest else 0)
+            found = get(socket, events_path({**wanted, "after": str(after)}))["events"]
+        except GpudError as error:
+            if error.code is not Code.STATE_UNUSABLE:
+                raise
+            if not away:
+                say("the daemon does not answer; waiting for it")
+            away = True
+            continue
+        if away:
+            say("the daemon answers again")
+        away = False
+        yield from found
+        after = found[-1]["id"] if found else after
+
+
+def events_path(wanted: Mapping[str, str]) -> str:
+    """The path of events."""
+    return f"/events?{urlencode(wanted)}"
 
 
 def console_path(instance_id: str, *, follow: bool) -> str:
@@ -98,6 +142,6 @@ async def _asked(
 async def _refusal(response: aiohttp.ClientResponse) -> GpudError:
     try:
         body = await response.json(content_type=None)
-        return GpudError(Code(body["code"]), body["detail"])
+        return GpudError(Code(body["code"]), body["detail"], hint=body["hint"])
     except (ValueError, KeyError, TypeError):
         return GpudError(Code.INTERNAL, f"the daemon answered {response.status}; see its log")

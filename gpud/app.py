@@ -17,7 +17,7 @@ from gpud import __version__, listeners, systemd
 from gpud.api.admin import Admin
 from gpud.api.auth import Authenticator
 from gpud.api.routes import Routes
-from gpud.api.web import build_app, tls_context
+from gpud.api.web import build_app, certificate_expires_at, tls_context
 from gpud.config import Config
 from gpud.desk import OrderDesk
 from gpud.errors import Code, GpudError
@@ -35,10 +35,14 @@ from gpud.lifecycle.cleaning import Cleaner
 from gpud.lifecycle.guests import GuestWatch
 from gpud.lifecycle.reconcile import Reconciler
 from gpud.lifecycle.steps import Steps
+from gpud.lifecycle.strays import StrayWatch
 from gpud.lifecycle.worker import Worker
 from gpud.model import Instance, PciAddress, Status
 from gpud.store import Store
 from gpud.telemetry import Metrics
+from gpud.watch.health import Health
+from gpud.watch.page import Page
+from gpud.watch.sources import Sources
 
 _log = structlog.get_logger()
 
@@ -110,15 +114,26 @@ async def running(config: Config) -> AsyncIterator[None]:
             config.libvirt.uri,
             call_timeout_s=config.libvirt.call_timeout_s,
             threads=config.libvirt.threads,
+            metrics=metrics,
         )
         consoles = ConsoleLogs(config.state_dir / "console", config.guest.console_log_kib * 1024)
         guests = GuestWatch(hypervisor, store, consoles, metrics)
-        cleaner = Cleaner(store, sysfs, handover, nvml, hypervisor, boot_id())
+        cleaner = Cleaner(store, sysfs, handover, nvml, hypervisor, boot_id(), metrics)
         cards = CardSteps(config, store, inventory, sysfs, handover, cleaner)
         steps = Steps(config, store, images, hypervisor, guests, cards, metrics)
         worker = Worker(store, steps.functions(), config.deadlines, metrics)
-        reconciler = Reconciler(config, store, hypervisor, consoles, metrics)
+        reconciler = Reconciler(
+            config,
+            store,
+            hypervisor,
+            consoles,
+            metrics,
+            StrayWatch(store, hypervisor, sysfs, cleaner.boot_id),
+        )
         desk = OrderDesk(config, store, inventory, images, lambda: hypervisor.available, metrics)
+        if config.metrics.enabled:
+            sources = Sources(store, inventory, images, hypervisor, desk, authenticator)
+            await _let_watch(stack, config, metrics, sources)
 
         store.subscribe(partial(_forget_console, consoles))
         hypervisor.subscribe(guests.hear)
@@ -130,6 +145,7 @@ async def running(config: Config) -> AsyncIterator[None]:
                 hypervisor.run(),
                 inventory.run(),
                 reconciler.run(),
+                store.keep_short(config.history.events_days),
                 _follow_domains(hypervisor, domains),
             )
         )
@@ -137,15 +153,24 @@ async def running(config: Config) -> AsyncIterator[None]:
         worker.start()
         stack.push_async_callback(worker.close)
 
-        if config.metrics.enabled:
-            update = partial(_update_gauges, metrics, store, inventory, hypervisor)
-            await listeners.metrics(stack, config.metrics, metrics, update)
-        admin = Admin(store, desk, inventory, cleaner.release, consoles)
+        repair = partial(reconciler.once, repair=True)
+        admin = Admin(store, desk, inventory, cleaner.release, consoles, reconcile=repair)
         await listeners.admin(stack, config.admin_socket_path, admin.build_app())
         routes = Routes(desk, store, config.network, metrics)
         app = build_app(config.server, routes, authenticator, metrics)
         await listeners.api(stack, config.server, tls, app)
         yield
+
+
+async def _let_watch(
+    stack: AsyncExitStack, config: Config, metrics: Metrics, sources: Sources
+) -> None:
+    """Open Prometheus' listener; to be done before any instance can end."""
+    tls = config.server.tls
+    page = Page(config, metrics, sources, certificate_expires_at(tls) if tls else None)
+    await page.start()
+    health = Health(sources)
+    await listeners.metrics(stack, config.metrics, page.render, health.alive, health.ready)
 
 
 async def _follow_domains(hypervisor: Hypervisor, domains: dict[PciAddress, str]) -> None:
@@ -157,18 +182,6 @@ async def _follow_domains(hypervisor: Hypervisor, domains: dict[PciAddress, str]
             domains.clear()
             domains.update(found)
         await asyncio.sleep(_FOLLOW_DOMAINS_S)
-
-
-def _update_gauges(
-    metrics: Metrics, store: Store, inventory: Inventory, hypervisor: Hypervisor
-) -> None:
-    live = list(store.live.values())
-    for status in Status:
-        metrics.instances.labels(status.value).set(sum(one.status is status for one in live))
-    metrics.gpus.clear()
-    for card in inventory.cards:
-        metrics.gpus.labels(card.gpu_type or "none", card.state.value).inc()
-    metrics.hypervisor_up.set(hypervisor.available)
 
 
 @asynccontextmanager

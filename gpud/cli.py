@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,9 +16,15 @@ import click
 
 from gpud import __version__, adminclient, app, tables
 from gpud.api.web import openapi_document
-from gpud.config import Config
+from gpud.audit.look import look
+from gpud.backup import back_up
+from gpud.backup import restore as put_back
+from gpud.config import Config, Log
 from gpud.configfile import load_config
 from gpud.dev import issuer
+from gpud.doctor.check import exit_status
+from gpud.doctor.machine import Machine
+from gpud.doctor.run import examine
 from gpud.errors import GpudError
 from gpud.guest.image import ImageStore
 from gpud.host.capture import capture
@@ -89,6 +99,45 @@ def instances(config_file: Path, *, show_ended: bool, as_json: bool) -> None:
 
 
 @main.command()
+@click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
+@click.option("--instance", "instance_id", metavar="ID", help="Only of this instance.")
+@click.option("--gpu", "address", metavar="ADDRESS", help="Only of the GPU at this address.")
+@click.option("-n", "count", type=click.IntRange(1, 10_000), default=50, show_default=True,
+              metavar="COUNT", help="How many of those that were.")  # fmt: skip
+@_config_option
+@_json_option
+def events(
+    config_file: Path,
+    instance_id: str | None,
+    address: str | None,
+    count: int,
+    *,
+    follow: bool,
+    as_json: bool,
+) -> None:
+    """Show what happened to instances and GPUs, newest last."""
+    socket = _socket(config_file)
+    asked = {"instance": instance_id, "gpu": address}
+    wanted = {key: value for key, value in asked.items() if value is not None}
+    path = adminclient.events_path({**wanted, "limit": str(count)})
+    past = adminclient.get(socket, path)["events"]
+    if as_json and not follow:
+        click.echo(json.dumps(past, indent=2))
+        return
+    show: Callable[[Any], str] = json.dumps if as_json else tables.event_line
+    for event in past:
+        click.echo(show(event))
+    if not follow:
+        return
+    coming = adminclient.follow_events(
+        socket, wanted, past[-1]["id"] if past else 0, partial(click.echo, err=True)
+    )
+    with suppress(KeyboardInterrupt):
+        for event in coming:
+            click.echo(show(event))
+
+
+@main.command()
 @_config_option
 @_json_option
 def offers(config_file: Path, *, as_json: bool) -> None:
@@ -146,6 +195,84 @@ def console(instance_id: str, config_file: Path, *, follow: bool) -> None:
 
 
 @main.command()
+@click.option("--repair", is_flag=True, help="Have the daemon remove what it would remove anyway.")
+@_config_option
+@_json_option
+@click.pass_context
+def check(ctx: click.Context, config_file: Path, *, repair: bool, as_json: bool) -> None:
+    """Hold the record against libvirt, the kernel, the files and the daemon's own word.
+
+    Exit status: 0 nothing found, 1 something found, 2 not everything could be looked at.
+    """
+    set_up_logging(Log(level="error"))
+    try:
+        socket = _socket(config_file)
+        if repair:
+            adminclient.post(socket, "/reconcile")
+        findings, not_asked = asyncio.run(look(load_config(config_file), socket))
+    except GpudError as error:
+        click.echo(f"Error: {error}", err=True)
+        ctx.exit(2)
+    if not_asked:
+        click.echo(f"the daemon's answers were not compared: {not_asked}", err=True)
+    tables.show_findings([asdict(finding) for finding in findings], as_json=as_json)
+    ctx.exit(1 if findings else 0)
+
+
+@main.command()
+@_config_option
+@_json_option
+@click.pass_context
+def doctor(ctx: click.Context, config_file: Path, *, as_json: bool) -> None:
+    """Look at everything that selling needs, and say what is wrong and what mends it.
+
+    Changes nothing, and needs no running daemon. Root sees the most.
+
+    Exit status: 0 all is well, 1 something should be mended, 2 something must be.
+    """
+    set_up_logging(Log(level="error"))
+    try:
+        config = load_config(config_file)
+        verdicts = asyncio.run(examine(config, _socket(config_file), Machine()))
+    except (GpudError, OSError) as error:
+        click.echo(f"Error: {error}", err=True)
+        ctx.exit(2)
+    tables.show_verdicts([asdict(verdict) for verdict in verdicts], as_json=as_json)
+    ctx.exit(exit_status(verdicts))
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@_config_option
+def backup(file: Path, config_file: Path) -> None:
+    """Write a verified copy of the state to FILE, while the daemon runs or not.
+
+    It holds the startup scripts and keys of the guests that run: keep it as you keep secrets.
+    """
+    back_up(load_config(config_file).state_dir, file)
+    click.echo(f"{file}: the state as of now, verified")
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@_config_option
+def restore(file: Path, config_file: Path) -> None:
+    """Put the backup FILE in the place of the state, while no daemon runs."""
+    state_dir = load_config(config_file).state_dir
+    kept = put_back(state_dir, file)
+    click.echo(f"{state_dir}: restored from {file}")
+    if kept is not None:
+        click.echo(
+            f"The state it replaced is kept as {kept}; it holds secrets, remove it in the end."
+        )
+    click.echo(
+        "Now start the daemon. It sells nothing, and removes nothing that this state does not know, such"
+        " as guests ordered since. `gpud check` shows them; `gpud check --repair` ends them and has it"
+        " sell again."
+    )
+
+
+@main.command()
 def openapi() -> None:
     """Print the API's OpenAPI document."""
     click.echo(openapi_document(), nl=False)
@@ -185,6 +312,17 @@ def image_list(config_file: Path, *, as_json: bool) -> None:
         for one in _images(load_config(config_file)).list()
     ]
     tables.show(images, tables.IMAGES, "no images; `gpud image add` adds one", as_json=as_json)
+
+
+@image.command("verify")
+@click.argument("name")
+@_config_option
+def image_verify(name: str, config_file: Path) -> None:
+    """Read the whole image NAME, and see that it is what it was when it was added."""
+    store = _images(load_config(config_file))
+    with tables.progress(f"verifying {name}") as update:
+        found = asyncio.run(store.verify(name, progress=update))
+    click.echo(f"{name}: intact, {found.digest}")
 
 
 @image.command("rm")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -29,6 +30,8 @@ _MAX_STDOUT_BYTES: Final = 4 * 2**20
 _STDERR_TAIL_BYTES: Final = 4096
 _READ_BYTES: Final = 65536
 _KILL_GRACE_S: Final = 2.0
+_EXHAUSTED: Final = {errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM}
+"""The host has no more of something at the moment: descriptors, processes, memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,8 @@ async def run(
     try:
         process = await _started(starting)
     except OSError as error:
-        raise _failed(f"{name} could not be started: {error.strerror}") from error
+        detail = f"{name} could not be started: {error.strerror}"
+        raise _failed(detail, transient=error.errno in _EXHAUSTED) from error
     try:
         async with asyncio.timeout(timeout_s):
             stdout, stderr, exit_code = await _converse(process, input)
@@ -172,8 +176,8 @@ async def _kill(process: asyncio.subprocess.Process) -> bool:
     return True
 
 
-def _failed(detail: str, hint: str = "") -> GpudError:
-    return GpudError(Code.HOST_COMMAND_FAILED, detail, hint=hint)
+def _failed(detail: str, hint: str = "", *, transient: bool = False) -> GpudError:
+    return GpudError(Code.HOST_COMMAND_FAILED, detail, hint=hint, transient=transient)
 
 
 def _install_hint(name: str) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import structlog
 
 from gpud import offers
+from gpud.allocator import Shortage
 from gpud.config import Config
 from gpud.errors import Code, GpudError
 from gpud.guest.image import ImageStore
@@ -69,6 +70,8 @@ class OrderDesk:
         self._images = images
         self._hypervisor_up = hypervisor_up
         self._metrics = metrics
+        for shortage in Shortage:  # so that the first of each is seen as an increase
+            metrics.capacity_refusals.labels(shortage.value)
         self._clock = clock
         self._cached_for: object = None
         self._cached = b""
@@ -76,11 +79,12 @@ class OrderDesk:
     def offerings(self) -> list[Offering]:
         """Every shape and tier on offer, also those with nothing available, with how many there are.
 
-        Nothing is available while libvirt is away or the guest image is missing.
+        Nothing is available while libvirt is away, the guest image is missing, or the record is one from
+        a backup that the operator has not checked.
         """
         host = self._inventory.host
         all_offerings = offers.offerings(self._config, host, self._grants())
-        if self._hypervisor_up() and self._image_usable():
+        if self._hypervisor_up() and self._image_usable() and not self._store.restored:
             return all_offerings
         return [replace(one, available_count=0, stock_status="Low") for one in all_offerings]
 
@@ -110,6 +114,9 @@ class OrderDesk:
             raise
         outcome = "replayed" if admission.replayed else "accepted"
         self._metrics.orders.labels(outcome).inc()
+        if not admission.replayed:
+            claims = self._metrics.gpu_claims.labels(order.gpu_type, order.tier.value)
+            claims.inc(order.gpu_count)
         estimate_s = admission.usual_boot_s or self._config.guest.estimated_ready_s
         return Accepted(
             admission.instance,

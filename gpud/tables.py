@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +20,16 @@ Row = Mapping[str, Any]
 Column = tuple[str, Callable[[Row], str]]
 
 _WIDE = 500
+
+_LEVELS = {
+    "ok": ("✓", "green"),
+    "note": ("·", ""),
+    "warning": ("!", "yellow"),
+    "fault": ("✗", "bold red"),
+}
+"""How a verdict's level is shown on a screen: sign and style."""
+_PLAIN = {"ok": "ok     ", "note": "note   ", "warning": "warning", "fault": "FAULT  "}
+_BAD = ("fault", "warning", "note")
 
 
 def _size(size_bytes: int) -> str:
@@ -93,6 +106,14 @@ def show(rows: Sequence[Row], columns: Sequence[Column], empty: str, *, as_json:
     console.print(table)
 
 
+def event_line(event: Row) -> str:
+    """One event as a line, in local time."""
+    when = datetime.fromtimestamp(event["at"], UTC).astimezone()
+    whom = " ".join(filter(None, (event["upstream_id"], event["gpu"]))) or "-"
+    change = " → ".join(filter(None, (event["was"], event["became"])))
+    return "  ".join(filter(None, (f"{when:%Y-%m-%d %H:%M:%S}", whom, change, event["why"])))
+
+
 def show_why_not(cards: Sequence[Row]) -> None:
     """Print everything that speaks against selling cards, with its mend, each once."""
     of_cards: dict[str, list[str]] = {}
@@ -102,6 +123,50 @@ def show_why_not(cards: Sequence[Row]) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
     for reason, addresses in of_cards.items():
         console.print(Text(f"\n{', '.join(addresses)}\n  {reason}"))
+
+
+def show_findings(findings: Sequence[Row], *, as_json: bool) -> None:
+    """Print what a check found: what it is and where, what is wrong, and what mends it."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
+    if as_json:
+        console.file.write(json.dumps({"findings": findings}, indent=2) + "\n")
+        return
+    for one in findings:
+        console.print(Text(f"{one['kind']}: {one['subject']} {one['what']}\n  {one['mend']}"))
+    if not findings:
+        console.print("nothing is wrong")
+
+
+def show_verdicts(verdicts: Sequence[Row], *, as_json: bool) -> None:
+    """Print what each check says, by group, with what mends it on a line of its own."""
+    on_screen = sys.stdout.isatty()
+    console = Console(highlight=False, width=None if on_screen else _WIDE)
+    if as_json:
+        console.file.write(json.dumps({"verdicts": verdicts}, indent=2) + "\n")
+        return
+    signs = on_screen and console.encoding.startswith("utf")
+    names = max((len(one["name"]) for one in verdicts), default=0)
+    for group, of_group in groupby(verdicts, key=lambda one: one["group"]):
+        console.print(Text(group, style="bold"))
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column()
+        table.add_column(min_width=names, no_wrap=True)
+        table.add_column(overflow="fold")
+        for one in of_group:
+            sign, style = _LEVELS[one["level"]]
+            mark = Text(f"  {sign if signs else _PLAIN[one['level']]}", style=style)
+            what = Text(one["what"])
+            if one["mend"]:
+                what.append(f"\n{'→' if signs else '>'} {one['mend']}", style="cyan")
+            table.add_row(mark, Text(one["name"]), what)
+        console.print(table)
+    counts = Counter(one["level"] for one in verdicts)
+    told = (f"{number} {_plural(level, number)}" for level in _BAD if (number := counts[level]))
+    console.print(Text(", ".join(told) or "all is well", style="bold"))
+
+
+def _plural(word: str, number: int) -> str:
+    return word if number == 1 else f"{word}s"
 
 
 @contextmanager

@@ -6,31 +6,39 @@ Who may use it is a matter of the socket's file mode; there is no token.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 import structlog
 from aiohttp import web
 
-from gpud.api.problem import from_http, problem
+from gpud.api.problem import from_http, problem_in_full
 from gpud.api.schemas import uptime_s
 from gpud.desk import OrderDesk
 from gpud.errors import Code, GpudError
 from gpud.guest.console import ConsoleLogs
+from gpud.history import Event
 from gpud.inventory import Card, Inventory
-from gpud.model import Instance, PciAddress
+from gpud.model import UPSTREAM_ID, Instance, PciAddress
 from gpud.offers import as_number
 from gpud.store import Store
 
 Release = Callable[[PciAddress], Awaitable[bool]]
 """Ends a card's quarantine; False when there is none."""
 
+Reconcile = Callable[[], Awaitable[None]]
+"""Removes what has our mark and belongs to no live instance."""
+
 _log = structlog.get_logger()
 
 _FOLLOW_EVERY_S = 0.5
 _ENDED_SHOWN = 20
+_EVENTS_SHOWN = 10_000
+_LAST_ID = 2**63 - 1
 
 
 class Admin:
@@ -44,6 +52,8 @@ class Admin:
         release: Release,
         consoles: ConsoleLogs,
         clock: Callable[[], float] = time.time,
+        *,
+        reconcile: Reconcile,
     ) -> None:
         self._store = store
         self._desk = desk
@@ -51,6 +61,7 @@ class Admin:
         self._release = release
         self._consoles = consoles
         self._clock = clock
+        self._reconcile = reconcile
 
     def build_app(self) -> web.Application:
         """Put the application together."""
@@ -59,11 +70,13 @@ class Admin:
             [
                 web.get("/instances", self.instances),
                 web.get("/instances/{id}/console", self.console),
+                web.get("/events", self.events),
                 web.get("/offers", self.offers),
                 web.get("/gpus", self.gpus),
                 web.post("/gpus/{address}/quarantine", self.quarantine),
                 web.post("/gpus/{address}/release", self.release),
                 web.post("/gpus/{address}/confirm", self.confirm),
+                web.post("/reconcile", self.reconcile),
             ]
         )
         return app
@@ -75,6 +88,17 @@ class Admin:
             shown = await self._store.recent(len(shown) + _ENDED_SHOWN)
         shown.sort(key=lambda one: one.created_at)
         return web.json_response({"instances": [self._instance(one) for one in shown]})
+
+    async def events(self, request: web.Request) -> web.Response:
+        """What happened: the newest, or what came ``after`` one; of an ``instance``, of a ``gpu``."""
+        query = request.query
+        events = await self._store.events(
+            await self._upstream_id(query["instance"]) if "instance" in query else None,
+            limit=_number(query.get("limit", str(_EVENTS_SHOWN)), 1, _EVENTS_SHOWN),
+            after=_number(query.get("after", "0"), 0, _LAST_ID),
+            gpu=_address(query["gpu"]) if "gpu" in query else None,
+        )
+        return web.json_response({"events": [_event(event) for event in events]})
 
     async def offers(self, _: web.Request) -> web.Response:
         """Every offering, also those with nothing available."""
@@ -97,27 +121,29 @@ class Admin:
 
     async def release(self, request: web.Request) -> web.Response:
         """End a card's quarantine; one that a guest had is cleaned first, which may take minutes."""
-        address = _address(request)
+        address = _address(request.match_info["address"])
         if not await self._release(address):
             raise GpudError(Code.GPU_NOT_FOUND, f"GPU {address} is not quarantined")
         return await self._changed(address, "released from quarantine")
 
     async def confirm(self, request: web.Request) -> web.Response:
         """Take the card that is at an address now for the right one."""
-        address = _address(request)
+        address = _address(request.match_info["address"])
         if not await self._inventory.confirm(address):
             raise _no_gpu(address)
+        await self._store.note("confirmed by the operator", gpu=address, became="confirmed")
         return await self._changed(address, "confirmed by the operator")
+
+    async def reconcile(self, _: web.Request) -> web.Response:
+        """Remove what belongs to no live instance now, instead of within minutes."""
+        await self._reconcile()
+        return web.json_response({})
 
     async def console(self, request: web.Request) -> web.StreamResponse:
         """What is kept of a guest's console; with ``?follow=1`` also what comes, until it ends."""
         instance = await self._store.find(request.match_info["id"])
         if instance is None:
-            raise GpudError(
-                Code.INSTANCE_NOT_FOUND,
-                f"there is no instance {request.match_info['id']}",
-                hint="`gpud instances --all` lists them",
-            )
+            raise _no_instance(request.match_info["id"])
         upstream_id = instance.upstream_id
         response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
         await response.prepare(request)
@@ -131,8 +157,15 @@ class Admin:
         await response.write_eof()
         return response
 
+    async def _upstream_id(self, either_id: str) -> str:
+        """Of an instance, or of one that the record has lost: what is left of it has events too."""
+        instance = await self._store.find(either_id)
+        if instance is None and not UPSTREAM_ID.fullmatch(either_id):
+            raise _no_instance(either_id)
+        return instance.upstream_id if instance is not None else either_id
+
     def _card(self, request: web.Request) -> Card:
-        address = _address(request)
+        address = _address(request.match_info["address"])
         card = self._inventory.card(address)
         if card is None:
             raise _no_gpu(address)
@@ -169,8 +202,25 @@ class Admin:
         }
 
 
-def _address(request: web.Request) -> PciAddress:
-    text = request.match_info["address"]
+def _event(event: Event) -> dict[str, Any]:
+    return {**asdict(event), "gpu": str(event.gpu) if event.gpu is not None else None}
+
+
+def _number(text: str, least: int, most: int) -> int:
+    if re.fullmatch(r"[0-9]{1,19}", text) is None or not least <= int(text) <= most:
+        raise GpudError(Code.INVALID_REQUEST, f"{text[:20]!r} is no number from {least} to {most}")
+    return int(text)
+
+
+def _no_instance(either_id: str) -> GpudError:
+    return GpudError(
+        Code.INSTANCE_NOT_FOUND,
+        f"there is no instance {either_id}",
+        hint="`gpud instances --all` lists them",
+    )
+
+
+def _address(text: str) -> PciAddress:
     try:
         # People leave out the PCI domain, which is 0000 on nearly every server.
         return PciAddress.parse(text if text.count(":") > 1 else f"0000:{text}")
@@ -200,7 +250,7 @@ async def _problems(
     try:
         response: web.StreamResponse = await handler(request)
     except GpudError as error:
-        return problem(error, "-")
+        return problem_in_full(error)
     except web.HTTPException as error:
-        return problem(from_http(error), "-")
+        return problem_in_full(from_http(error))
     return response

@@ -15,27 +15,41 @@ _UNSPOKEN = "something went wrong inside; the daemon's log has it under this req
 
 def problem(error: GpudError, request_id: str) -> web.Response:
     """The response for an error. Errors that are not for callers keep their text to themselves."""
-    status = error.http_status
-    inside = status == HTTPStatus.INTERNAL_SERVER_ERROR
+    inside = error.http_status == HTTPStatus.INTERNAL_SERVER_ERROR
     code = Code.INTERNAL if inside else error.code
-    body: dict[str, object] = {
-        "type": f"urn:gpud:problem:{code.value}",
-        "title": HTTPStatus(status).phrase,
-        "status": status,
-        "detail": _UNSPOKEN if inside else error.detail,
-        "code": code.value,
-        "request_id": request_id,
-    }
-    if error.problems:
-        body["errors"] = [{"field": one.where, "detail": one.what} for one in error.problems]
-    response = web.Response(
-        body=json.dumps(body).encode(), status=status, content_type="application/problem+json"
-    )
+    body = _body(error, code, _UNSPOKEN if inside else error.detail)
+    response = _response(error, {**body, "request_id": request_id})
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, AuthError) and error.www_authenticate is not None:
         response.headers["WWW-Authenticate"] = error.www_authenticate
     return response
+
+
+def problem_in_full(error: GpudError) -> web.Response:
+    """The response for the operator: whatever the error is, with what to do about it."""
+    return _response(error, {**_body(error, error.code, error.detail), "hint": error.hint})
+
+
+def _body(error: GpudError, code: Code, detail: str) -> dict[str, object]:
+    body: dict[str, object] = {
+        "type": f"urn:gpud:problem:{code.value}",
+        "title": HTTPStatus(error.http_status).phrase,
+        "status": error.http_status,
+        "detail": detail,
+        "code": code.value,
+    }
+    if error.problems:
+        body["errors"] = [{"field": one.where, "detail": one.what} for one in error.problems]
+    return body
+
+
+def _response(error: GpudError, body: dict[str, object]) -> web.Response:
+    return web.Response(
+        body=json.dumps(body).encode(),
+        status=error.http_status,
+        content_type="application/problem+json",
+    )
 
 
 def from_http(error: web.HTTPException) -> GpudError:

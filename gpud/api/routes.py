@@ -51,7 +51,11 @@ class Routes:
 
         What the body is declared to be does not matter: a 4xx would be final, and it is JSON or not.
         """
-        order, unknown_fields = parse_order(request[BODY])
+        try:
+            order, unknown_fields = parse_order(request[BODY])
+        except GpudError as error:
+            self._metrics.orders.labels(error.code.value).inc()
+            raise
         if unknown_fields:
             self._metrics.unknown_fields.inc(unknown_fields)
         accepted = await self._desk.order(order)

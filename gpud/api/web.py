@@ -13,6 +13,7 @@ from importlib.resources import files
 
 import structlog
 from aiohttp import web
+from cryptography import x509
 
 from gpud.api.auth import Authenticator, AuthError, Reason
 from gpud.api.problem import from_http, problem
@@ -78,6 +79,22 @@ def tls_context(tls: Tls) -> ssl.SSLContext:
     return context
 
 
+def certificate_expires_at(tls: Tls) -> float:
+    """When the certificate that callers see expires, in seconds since the epoch.
+
+    Raises:
+        GpudError: ``CONFIG_INVALID``: it cannot be read.
+    """
+    try:
+        # The first of the file is the server's own (RFC 8446, section 4.4.2).
+        own = x509.load_pem_x509_certificates(tls.certificate_file.read_bytes())[0]
+    except (OSError, ValueError) as error:
+        raise GpudError(
+            Code.CONFIG_INVALID, f"server.tls: {tls.certificate_file} cannot be read: {error}"
+        ) from error
+    return own.not_valid_after_utc.timestamp()
+
+
 class _Gate:
     """Names every request, checks its token, bounds its time, and turns errors into problems."""
 
@@ -85,6 +102,8 @@ class _Gate:
         self._server = server
         self._authenticator = authenticator
         self._metrics = metrics
+        for reason in Reason:  # so that the first of each is seen as an increase
+            metrics.token_failures.labels(reason.value)
 
     @web.middleware
     async def pass_through(self, request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
@@ -13,27 +14,35 @@ import pytest
 from gpud import adminclient
 from gpud.errors import Code, GpudError
 
-Serve = Callable[[bytes], Path]
+Serve = Callable[..., Path]
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Serve:
-    """A daemon that gives one fixed answer and hangs up."""
+def asked() -> list[str]:
+    """The paths that the daemon was asked for."""
+    return []
 
-    def start(answer: bytes) -> Path:
+
+@pytest.fixture
+def serve(tmp_path: Path, asked: list[str]) -> Serve:
+    """A daemon that gives fixed answers, hanging up after each, and is gone after the last."""
+
+    def start(*answers: bytes) -> Path:
         path = tmp_path / "s"
+        path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(path))
         listener.listen()
 
-        def once() -> None:
-            connection, _ = listener.accept()
-            connection.recv(65536)
-            connection.sendall(answer)
-            connection.close()
+        def serve() -> None:
+            for answer in answers:
+                connection, _ = listener.accept()
+                asked.append(connection.recv(65536).split()[1].decode())
+                connection.sendall(answer)
+                connection.close()
             listener.close()
 
-        threading.Thread(target=once, daemon=True).start()
+        threading.Thread(target=serve, daemon=True).start()
         return path
 
     return start
@@ -69,9 +78,10 @@ def test_a_socket_of_somebody_else_is_told_apart(serve: Serve) -> None:
 
 
 def test_a_refusal_is_told_in_the_daemons_words(serve: Serve) -> None:
-    body = b'{"code": "instance_not_found", "detail": "there is no instance x"}'
-    error = refusal(serve(response("404 Not Found", body)))
-    assert (error.code, error.detail) == (Code.INSTANCE_NOT_FOUND, "there is no instance x")
+    body = b'{"code": "gpu_unusable", "detail": "GPU 3 does not answer", "hint": "look at it"}'
+    error = refusal(serve(response("500 Internal Server Error", body)))
+    assert error.code is Code.GPU_UNUSABLE
+    assert str(error) == "GPU 3 does not answer (look at it)"
 
 
 @pytest.mark.parametrize("body", [b"oops", b"[]", b"{}", b'{"code": "new", "detail": "x"}'])
@@ -82,3 +92,56 @@ def test_a_refusal_that_makes_no_sense_is_no_traceback(serve: Serve, body: bytes
 
 def test_an_answer_that_breaks_off_is_no_traceback(serve: Serve) -> None:
     assert "broke off" in refusal(serve(response("200 OK", b'{"a"', length=100))).detail
+
+
+def events(*ids: int) -> bytes:
+    body = json.dumps({"events": [{"id": number} for number in ids]})
+    return response("200 OK", body.encode())
+
+
+def test_events_are_followed_over_a_restart_of_the_daemon(
+    serve: Serve, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adminclient, "_POLL_S", 0.001)
+    told: list[str] = []
+
+    def say(what: str) -> None:
+        told.append(what)
+        if "does not answer" in what:
+            serve(events(9), events(7, 8, 9))
+
+    socket_path = serve(events(5), events(), events(6))
+    coming = adminclient.follow_events(socket_path, {"gpu": "0000:41:00.0"}, 4, say)
+    assert [next(coming)["id"] for _ in range(5)] == [5, 6, 7, 8, 9]
+    assert told == ["the daemon does not answer; waiting for it", "the daemon answers again"]
+    of_gpu = "/events?gpu=0000:41:00.0&after="
+    assert asked == [*(f"{of_gpu}{after}" for after in (4, 5, 5)), "/events?limit=1", f"{of_gpu}6"]
+
+
+@pytest.mark.parametrize(("newest", "after"), [((3,), 3), ((), 0)])
+def test_events_are_followed_into_an_older_record_too(
+    serve: Serve,
+    asked: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    newest: tuple[int, ...],
+    after: int,
+) -> None:
+    monkeypatch.setattr(adminclient, "_POLL_S", 0.001)
+
+    def say(what: str) -> None:
+        if "does not answer" in what:
+            serve(events(*newest), events(4))
+
+    coming = adminclient.follow_events(serve(events(100)), {}, 99, say)
+    assert [next(coming)["id"] for _ in range(2)] == [100, 4]
+    assert asked[-1] == f"/events?after={after}"
+
+
+def test_following_ends_when_the_daemon_refuses(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adminclient, "_POLL_S", 0)
+    body = b'{"code": "instance_not_found", "detail": "there is no instance x", "hint": ""}'
+    socket_path = serve(response("404 Not Found", body))
+    with pytest.raises(GpudError, match="no instance x"):
+        next(adminclient.follow_events(socket_path, {}, 0, print))

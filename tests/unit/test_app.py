@@ -65,6 +65,11 @@ async def test_all_doors_open_and_close(tmp_path: Path) -> None:
             page = (await get(f"http://127.0.0.1:{config.metrics.port}/metrics"))[1]
             assert 'gpud_gpus{gpu_type="l40s",state="available"} 1.0' in page
             assert 'gpud_instances{status="running"} 0.0' in page
+            watch = f"http://127.0.0.1:{config.metrics.port}"
+            assert await get(f"{watch}/healthz") == (200, '{"problems": {}}')
+            async with asyncio.timeout(10):
+                while await get(f"{watch}/readyz") != (200, '{"problems": {}}'):
+                    await asyncio.sleep(0.005)
             listed = await asyncio.to_thread(
                 adminclient.get, config.admin_socket_path, "/instances"
             )
@@ -96,6 +101,11 @@ async def test_it_starts_while_the_issuer_is_away_and_says_so(tmp_path: Path) ->
     async with app.running(config):
         url = f"http://127.0.0.1:{config.server.port}/v1/gpu/available"
         status, body = await get(url, Authorization="Bearer eyJhbGciOiJSUzI1NiJ9.e30.c2ln")
+        watch = f"http://127.0.0.1:{config.metrics.port}"
+        alive, (readiness, told) = await get(f"{watch}/healthz"), await get(f"{watch}/readyz")
+    assert alive[0] == 200
+    assert readiness == 503
+    assert "keys" in told
     assert status == 503
     assert "auth_unavailable" in body
 

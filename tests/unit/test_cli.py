@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack
@@ -12,18 +13,25 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Self, TypeVar
 
+import libvirt
 import pytest
 import structlog
 import yaml
 from click.testing import CliRunner, Result
 
-from gpud import __version__, listeners
+from gpud import __version__, adminclient, cli, listeners
 from gpud.api import admin
 from gpud.api.admin import Admin
 from gpud.api.web import openapi_document
+from gpud.audit import look
 from gpud.cli import main
+from gpud.config import Log
 from gpud.guest.console import ConsoleLogs
 from gpud.guest.image import ImageStore
+from gpud.hypervisor import connection
+from gpud.store import Store
+from gpud.telemetry import set_up_logging
+from tests.unit.fakes.libvirt_daemon import LibvirtDaemon
 from tests.unit.service import (
     SETTINGS,
     Clock,
@@ -47,6 +55,7 @@ class Daemon:
     def __init__(self, state_dir: Path, images: ImageStore) -> None:
         self.consoles = ConsoleLogs(state_dir / "console", 64 * 1024)
         self.service: Service
+        self.reconciled = 0
         self._state_dir = state_dir
         self._images = images
         self._loop: asyncio.AbstractEventLoop
@@ -67,6 +76,9 @@ class Daemon:
         """Do something on the daemon's own loop."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
 
+    async def _reconcile(self) -> None:
+        self.reconciled += 1
+
     async def _run(self) -> None:
         config = config_from(self._state_dir)
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
@@ -82,6 +94,7 @@ class Daemon:
                 service.store.release,
                 self.consoles,
                 service.clock,
+                reconcile=self._reconcile,
             )
             await listeners.admin(stack, config.admin_socket_path, door.build_app())
             self._ready.set()
@@ -188,6 +201,77 @@ def test_instances(gpud: Callable[..., Result], daemon: Daemon) -> None:
     assert "terminated" in gpud("instances", "--all").output
 
 
+def test_events(gpud: Callable[..., Result], daemon: Daemon) -> None:
+    assert (gpud("events").output, gpud("events", "--json").output) == ("", "[]\n")
+    made = daemon.do(daemon.service.desk.order(order())).instance
+    gpud("gpus", "quarantine", "ffffffff:01:00.0", "--reason", "fans rattle")
+    lines = gpud("events").output.splitlines()
+    assert lines[0].endswith(f"{made.upstream_id}  creating/lease_address  order accepted")
+    assert lines[1].endswith("ffffffff:01:00.0  quarantined  fans rattle")
+    assert gpud("events", "-n", "1").output.splitlines() == lines[1:]
+    assert gpud("events", "--gpu", "ffffffff:01:00.0").output.splitlines() == lines[1:]
+    assert gpud("events", "--instance", "gpuai-1").output.splitlines() == lines[:1]
+    assert [one["why"] for one in json.loads(gpud("events", "--json").output)] == [
+        "order accepted", "fans rattle",
+    ]  # fmt: skip
+    assert "no instance nobody" in gpud("events", "--instance", "nobody").stderr
+
+
+def test_a_backup_of_the_running_daemon_and_its_way_back(
+    gpud: Callable[..., Result], tmp_path: Path, images: ImageStore
+) -> None:
+    file, state_dir = tmp_path / "backup", tmp_path / "state"
+    with Daemon(state_dir, images) as daemon:
+        daemon.do(daemon.service.desk.order(order()))
+        done = gpud("backup", str(file))
+        assert (done.exit_code, done.output) == (0, f"{file}: the state as of now, verified\n")
+        assert "is there already" in gpud("backup", str(file)).stderr
+        refused = gpud("restore", str(file))
+        assert (refused.exit_code, "another gpud is running" in refused.stderr) == (1, True)
+    done = gpud("restore", str(file))
+    assert done.exit_code == 0
+    assert f"kept as {state_dir}/state.sqlite.before-restore-" in done.output
+    assert "gpud check --repair" in done.output
+    with Daemon(state_dir, images) as daemon:
+        assert json.loads(gpud("instances", "--json").output)[0]["instance_id"] == "gpuai-1"
+        assert json.loads(gpud("offers", "--json").output)[0]["available_count"] == 0
+        assert "restored from a backup" in gpud("events").output
+
+
+def test_a_restore_where_there_was_no_state_keeps_none(
+    gpud: Callable[..., Result], tmp_path: Path, images: ImageStore
+) -> None:
+    file, state_dir = tmp_path / "backup", tmp_path / "state"
+    with Daemon(state_dir, images):
+        pass
+    gpud("backup", str(file))
+    (state_dir / "state.sqlite").unlink()
+    done = gpud("restore", str(file))
+    assert (done.exit_code, "kept as" in done.output) == (0, False)
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_events_are_followed_until_ctrl_c(
+    gpud: Callable[..., Result], daemon: Daemon, monkeypatch: pytest.MonkeyPatch, before: int
+) -> None:
+    monkeypatch.setattr(adminclient, "_POLL_S", 0.01)
+    for _ in range(before):
+        daemon.do(daemon.service.store.note("before"))
+
+    async def happen_and_interrupt() -> None:
+        await asyncio.sleep(0.05)
+        await daemon.service.store.note("then")
+        await asyncio.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    happening = asyncio.run_coroutine_threadsafe(happen_and_interrupt(), daemon._loop)
+    result = gpud("events", "--follow", "--json")
+    happening.result(10)
+    assert result.exit_code == 0
+    whys = [json.loads(line)["why"] for line in result.output.splitlines()]
+    assert whys == ["before"] * before + ["then"]
+
+
 def test_offers(gpud: Callable[..., Result], daemon: Daemon) -> None:
     daemon.do(daemon.service.desk.order(order()))
     shown = gpud("offers").output.splitlines()
@@ -276,6 +360,27 @@ def test_images_are_added_listed_and_removed(gpud: Callable[..., Result], tmp_pa
 
 
 @pytest.mark.real_command("qemu-img")
+def test_an_image_is_read_whole_to_see_whether_it_is_intact(
+    gpud: Callable[..., Result], tmp_path: Path
+) -> None:
+    source = tmp_path / "source.qcow2"
+    make_qcow2(source)
+    gpud("image", "add", str(source), "--name", "base")
+    (stored,) = (tmp_path / "state" / "images").glob("*.qcow2")
+    result = gpud("image", "verify", "base")
+    assert result.stdout == f"base: intact, {stored.stem.replace('-', ':')}\n"
+    before = stored.stat()
+    stored.chmod(0o600)
+    with stored.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"!")
+    os.utime(stored, ns=(before.st_atime_ns, before.st_mtime_ns))
+    result = gpud("image", "verify", "base")
+    assert result.exit_code == 1
+    assert "has changed (add it again" in result.stderr
+
+
+@pytest.mark.real_command("qemu-img")
 def test_an_image_with_another_checksum_is_refused(
     gpud: Callable[..., Result], tmp_path: Path
 ) -> None:
@@ -290,3 +395,72 @@ def test_an_image_with_another_checksum_is_refused(
 def test_the_development_issuer_needs_a_port_that_is_free(gpud: Callable[..., Result]) -> None:
     assert gpud("dev", "issuer", "--port", "70000").exit_code == 2
     assert "never for a server that sells" in gpud("dev", "--help").output
+
+
+# -- check -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def libvirtd(monkeypatch: pytest.MonkeyPatch) -> Iterator[LibvirtDaemon]:
+    daemon = LibvirtDaemon()
+    monkeypatch.setattr(libvirt, "open", daemon.open)
+    monkeypatch.setattr(connection, "start_event_loop", lambda: None)
+    monkeypatch.setattr(cli, "set_up_logging", _log_for_this_test)
+    monkeypatch.setattr(look, "_BETWEEN_S", 0)
+    yield daemon
+    structlog.reset_defaults()
+
+
+def _log_for_this_test(log: Log) -> None:
+    set_up_logging(log)
+    structlog.configure(cache_logger_on_first_use=False)  # it would outlive the standard error
+
+
+def test_a_server_in_order_is_told_so(
+    gpud: Callable[..., Result], daemon: Daemon, libvirtd: LibvirtDaemon
+) -> None:
+    assert daemon.service.store.live == {}
+    assert libvirtd.guests == {}
+    result = gpud("check")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "nothing is wrong\n", "")
+
+
+def test_what_is_wrong_is_told_with_its_mend_and_repaired_when_asked_for(
+    gpud: Callable[..., Result], daemon: Daemon, libvirtd: LibvirtDaemon
+) -> None:
+    daemon.consoles.append("i-00000000000000aa", b"login:")
+    result = gpud("check")
+    assert result.exit_code == 1
+    first, mend = result.stdout.splitlines()
+    assert first.startswith("leak: console of i-00000000000000aa ")
+    assert mend == "  gpud check --repair"
+    (finding,) = json.loads(gpud("check", "--json").stdout)["findings"]
+    assert (finding["kind"], finding["repairable"]) == ("leak", True)
+    assert gpud("check", "--repair").exit_code == 1  # this daemon's reconciler does nothing
+    assert daemon.reconciled == 1
+    assert "destroy" not in libvirtd.calls
+
+
+def test_a_check_works_without_a_daemon(
+    gpud: Callable[..., Result], tmp_path: Path, libvirtd: LibvirtDaemon
+) -> None:
+    asyncio.run(_make_state(tmp_path / "state"))
+    result = gpud("check", "--json")
+    assert (result.exit_code, json.loads(result.stdout)) == (0, {"findings": []})
+    assert "the daemon's answers were not compared: no daemon answers on" in result.stderr
+    assert libvirtd.guests == {}
+    repair = gpud("check", "--repair")
+    assert (repair.exit_code, repair.stdout) == (2, "")
+
+
+async def _make_state(state_dir: Path) -> None:
+    await (await Store.open(state_dir)).close()
+
+
+def test_a_check_that_cannot_look_says_why(
+    gpud: Callable[..., Result], tmp_path: Path, libvirtd: LibvirtDaemon
+) -> None:
+    assert libvirtd.guests == {}
+    result = gpud("check")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"{tmp_path / 'state' / 'state.sqlite'} cannot be opened" in result.stderr

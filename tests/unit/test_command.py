@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import socket
 import subprocess
 import time
@@ -245,6 +246,19 @@ async def test_missing_working_directory_is_told(tmp_path: Path) -> None:
     error = await refusal(SHELL, cwd=tmp_path / "gone")
 
     assert "sh could not be started: No such file or directory" in str(error)
+    assert not error.transient
+
+
+@shell
+async def test_want_of_file_descriptors_passes() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # what is open stays open
+    try:
+        error = await refusal(SHELL)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "sh could not be started: Too many open files" in str(error)
+    assert error.transient
 
 
 class TestFences:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gpud.backup import back_up, restore
 from gpud.errors import Code, GpudError
 from gpud.guest.image import ImageStore
 from gpud.host.capacity import Capacity
@@ -56,6 +57,8 @@ async def test_each_refusal_is_counted_by_its_code(service: Service) -> None:
     for code in ("not_offered", "no_capacity", "hypervisor_unavailable", "accepted"):
         assert service.metric("gpud_orders_total", outcome=code) == 1
     assert service.metric("gpud_capacity_refusals_total", shortage="gpus") == 1
+    claims = service.metric("gpud_gpu_claims_total", gpu_type="h100_sxm", tier="on_demand")
+    assert claims == 2
 
 
 async def test_what_is_never_sold_is_told_even_where_all_is_sold_out(service: Service) -> None:
@@ -123,3 +126,19 @@ async def test_as_many_orders_are_accepted_as_were_said_to_be_available(
         for number in range(available):
             await service.desk.order(order(f"new-{number}", gpu_count=count))
         assert await refusal(service, gpu_count=count) is Code.NO_CAPACITY
+
+
+async def test_nothing_is_for_sale_on_a_state_from_a_backup_until_it_is_trusted(
+    tmp_path: Path, images: ImageStore
+) -> None:
+    config = config_from(tmp_path / "state")
+    async with running_service(config, images, Clock()) as service:
+        assert b"h100_sxm" in service.desk.available_json()
+        back_up(config.state_dir, tmp_path / "backup")
+    restore(config.state_dir, tmp_path / "backup")
+    async with running_service(config, images, Clock()) as service:
+        assert b"h100_sxm" not in service.desk.available_json()
+        assert await refusal(service) is Code.NO_CAPACITY
+        await service.store.trust()
+        assert b"h100_sxm" in service.desk.available_json()
+        await service.desk.order(order("other"))

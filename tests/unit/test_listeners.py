@@ -23,9 +23,8 @@ from cryptography.x509.oid import NameOID
 from structlog.testing import capture_logs
 
 from gpud import config, listeners
-from gpud.api.web import tls_context
+from gpud.api.web import certificate_expires_at, tls_context
 from gpud.errors import Code, GpudError
-from gpud.telemetry import Metrics
 
 
 @pytest.fixture
@@ -132,6 +131,12 @@ def garbage(tls: Tls) -> config.Tls:
     return files
 
 
+def missing_certificate(tls: Tls) -> config.Tls:
+    files = tls.write("one")
+    files.certificate_file.unlink()
+    return files
+
+
 def swapped(tls: Tls) -> config.Tls:
     files = tls.write("one")
     return config.Tls(certificate_file=files.key_file, key_file=files.certificate_file)
@@ -150,6 +155,22 @@ def test_unusable_tls_files_are_refused_by_name(
         tls_context(files)
     assert refused.value.code is Code.CONFIG_INVALID
     assert str(files.key_file) in str(refused.value)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_the_expiry_of_the_certificate_is_known(tls: Tls) -> None:
+    left_s = certificate_expires_at(tls.write("server")) - dt.datetime.now(dt.UTC).timestamp()
+    assert 3500 < left_s < 3600
+
+
+@pytest.mark.parametrize("spoil", [missing_certificate, garbage])
+def test_a_certificate_that_cannot_be_read_is_named(
+    tls: Tls, spoil: Callable[[Tls], config.Tls]
+) -> None:
+    files = spoil(tls)
+    with pytest.raises(GpudError, match=r"server\.tls") as refused:
+        certificate_expires_at(files)
+    assert str(files.certificate_file) in str(refused.value)
     assert "hunter2" not in str(refused.value)
 
 
@@ -227,19 +248,52 @@ async def test_a_request_that_cannot_be_read_is_not_quoted_in_the_log(
     ]
 
 
-async def test_prometheus_gets_fresh_numbers(
+async def nothing() -> dict[str, str]:
+    return {}
+
+
+async def test_prometheus_gets_the_page_as_it_is_made(
     free_port: int, session: aiohttp.ClientSession
 ) -> None:
-    metrics = Metrics()
+    made: list[bytes] = []
+
+    async def page() -> bytes:
+        made.append(b"gpud_libvirt_up %d.0\n" % len(made))
+        return made[-1]
+
     where = config.Metrics(listen="127.0.0.1", port=free_port)
     async with AsyncExitStack() as stack:
-        await listeners.metrics(stack, where, metrics, metrics.hypervisor_up.inc)
-        for number in (1, 2):
+        await listeners.metrics(stack, where, page, nothing, nothing)
+        for number in range(2):
             async with session.get(f"http://127.0.0.1:{free_port}/metrics") as response:
-                assert f"gpud_hypervisor_up {number}.0" in await response.text()
-                assert response.headers["Content-Type"].startswith("text/plain; version=")
+                assert await response.text() == f"gpud_libvirt_up {number}.0\n"
+                assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
         with pytest.raises(GpudError, match=r"metrics: 127\.0\.0\.1 port"):
-            await listeners.metrics(stack, where, metrics, metrics.hypervisor_up.inc)
+            await listeners.metrics(stack, where, page, nothing, nothing)
+
+
+async def test_health_checks_name_what_is_not_well(
+    free_port: int, session: aiohttp.ClientSession
+) -> None:
+    problems: dict[str, str] = {}
+
+    async def ready() -> dict[str, str]:
+        return problems
+
+    async def page() -> bytes:
+        raise AssertionError
+
+    async def ask(path: str) -> tuple[int, object]:
+        async with session.get(f"http://127.0.0.1:{free_port}/{path}") as response:
+            return response.status, await response.json()
+
+    where = config.Metrics(listen="127.0.0.1", port=free_port)
+    async with AsyncExitStack() as stack:
+        await listeners.metrics(stack, where, page, nothing, ready)
+        assert await ask("readyz") == (200, {"problems": {}})
+        problems["libvirt"] = "is not connected"
+        assert await ask("readyz") == (503, {"problems": problems})
+        assert await ask("healthz") == (200, {"problems": {}})
 
 
 async def test_the_admin_socket_is_for_the_user_and_the_group_alone(tmp_path: Path) -> None:

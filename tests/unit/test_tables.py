@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -90,3 +91,25 @@ def test_progress_stays_off_standard_output(capsys: pytest.CaptureFixture[str]) 
         update(1, 2)
         update(2, 2)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        ({"upstream_id": "i-1", "gpu": None, "was": "a/b", "became": "c/d", "why": "so"},
+         "i-1  a/b → c/d  so"),
+        ({"upstream_id": "i-1", "gpu": "0000:41:00.0", "was": "", "became": "bad", "why": "silent"},
+         "i-1 0000:41:00.0  bad  silent"),
+        ({"upstream_id": "", "gpu": None, "was": "", "became": "", "why": "[red]so"}, "-  [red]so"),
+    ],
+)  # fmt: skip
+def test_an_event_is_a_line_in_local_time(
+    event: dict[str, Any], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "UTC-02:00")
+    time.tzset()
+    try:
+        assert tables.event_line({**event, "at": 1_800_000_000.9}) == f"2027-01-15 10:00:00  {line}"
+    finally:
+        monkeypatch.undo()
+        time.tzset()

@@ -13,9 +13,12 @@ from aiohttp.test_utils import TestServer
 
 from gpud.api import admin
 from gpud.api.admin import Admin
+from gpud.errors import Code, GpudError
 from gpud.guest.console import ConsoleLogs
-from gpud.model import KnownCard, PciAddress
+from gpud.model import GuestInput, KnownCard, PciAddress
 from tests.unit.service import Service, make_ended, make_failed, make_running, order
+
+BROKEN = PciAddress.parse("0000:42:00.0")
 
 
 @pytest.fixture
@@ -25,8 +28,22 @@ def consoles(tmp_path: Path) -> ConsoleLogs:
 
 @pytest.fixture
 async def door(service: Service, consoles: ConsoleLogs, clock: Any) -> AsyncIterator[TestServer]:
+    async def reconcile() -> None:
+        consoles.remove("i-00000000000000aa")
+
+    async def release(address: PciAddress) -> bool:
+        if address == BROKEN:
+            raise GpudError(Code.GPU_UNUSABLE, f"{address} does not answer", hint="see dmesg")
+        return await service.store.release(address)
+
     side_door = Admin(
-        service.store, service.desk, service.inventory, service.store.release, consoles, clock
+        service.store,
+        service.desk,
+        service.inventory,
+        release,
+        consoles,
+        clock,
+        reconcile=reconcile,
     )
     server = TestServer(side_door.build_app())
     await server.start_server(access_log=None)
@@ -226,6 +243,12 @@ async def test_acts_on_no_gpu_are_refused(operator: Operator, path: str, code: s
     assert (await operator.post(path))["code"] == code
 
 
+async def test_the_operator_is_told_why_a_card_cannot_be_released(operator: Operator) -> None:
+    told = await operator.post(f"/gpus/{BROKEN}/release")
+    assert (told["code"], told["detail"]) == ("gpu_unusable", f"{BROKEN} does not answer")
+    assert told["hint"] == "see dmesg"
+
+
 async def test_a_swapped_card_is_taken_for_the_right_one_when_confirmed(
     service: Service, operator: Operator
 ) -> None:
@@ -233,3 +256,77 @@ async def test_a_swapped_card_is_taken_for_the_right_one_when_confirmed(
     await service.store.remember_card(KnownCard(address, "10de:2330 10de:16c1"))
     assert (await operator.post(f"/gpus/{address}/confirm")) == {"gpu": None}
     assert service.store.known_cards == {}
+
+
+async def test_reconciling_is_done_when_asked_for(
+    operator: Operator, consoles: ConsoleLogs
+) -> None:
+    consoles.append("i-00000000000000aa", b"x")
+    assert await operator.post("/reconcile") == {}
+    assert consoles.kept() == set()
+
+
+async def test_events_are_shown_of_all_of_an_instance_and_of_a_gpu(
+    service: Service, operator: Operator, clock: Any
+) -> None:
+    upstream_id = await new_instance(service)
+    await operator.post(f"/gpus/{STAND_IN}/quarantine", reason="fans rattle")
+    shown = (await operator.get("/events"))["events"]
+    assert shown == [
+        {"id": shown[0]["id"], "at": clock.now, "upstream_id": upstream_id, "gpu": None, "was": "",
+         "became": "creating/lease_address", "why": "order accepted"},
+        {"id": shown[1]["id"], "at": clock.now, "upstream_id": "", "gpu": STAND_IN, "was": "",
+         "became": "quarantined", "why": "fans rattle"},
+    ]  # fmt: skip
+    for either_id in (upstream_id, "gpuai-1"):
+        assert (await operator.get(f"/events?instance={either_id}"))["events"] == shown[:1]
+    assert (await operator.get(f"/events?gpu={STAND_IN}"))["events"] == shown[1:]
+    assert (await operator.get("/events?limit=1"))["events"] == shown[1:]
+    assert (await operator.get(f"/events?after={shown[0]['id']}"))["events"] == shown[1:]
+
+
+async def test_what_happened_to_an_instance_that_the_record_lost_is_shown(
+    service: Service, operator: Operator
+) -> None:
+    await service.store.note("had no instance", upstream_id="i-00000000000000aa")
+    (event,) = (await operator.get("/events?instance=i-00000000000000aa"))["events"]
+    assert event["why"] == "had no instance"
+
+
+@pytest.mark.parametrize(
+    ("query", "code"),
+    [
+        ("instance=nobody", "instance_not_found"),
+        ("gpu=third", "invalid_request"),
+        ("after=-1", "invalid_request"),
+        ("after=9223372036854775808", "invalid_request"),
+        ("limit=0", "invalid_request"),
+        ("limit=1e3", "invalid_request"),
+        (f"limit={'1' * 5000}", "invalid_request"),
+    ],
+)
+async def test_events_that_make_no_sense_are_refused(
+    operator: Operator, query: str, code: str
+) -> None:
+    assert (await operator.get(f"/events?{query}"))["code"] == code
+
+
+async def test_a_confirmed_card_is_an_event(service: Service, operator: Operator) -> None:
+    address = PciAddress(0, 0x99, 0, 0)
+    await service.store.remember_card(KnownCard(address, "10de:2330 10de:16c1"))
+    await operator.post(f"/gpus/{address}/confirm")
+    (event,) = (await operator.get(f"/events?gpu={address}"))["events"]
+    assert event["became"] == "confirmed"
+
+
+async def test_no_event_tells_what_a_guest_was_given(service: Service, operator: Operator) -> None:
+    secrets = GuestInput(("ssh-ed25519 SeCrEt1",), "private/SeCrEt2", b"token=SeCrEt3")
+    made = await service.desk.order(order(guest_input=secrets))
+    upstream_id = made.instance.upstream_id
+    await make_running(service, upstream_id)
+    await service.store.script_exited(upstream_id, 3)
+    await make_failed(service, upstream_id, "it died")
+    await make_ended(service, upstream_id)
+    shown = await operator.get("/events")
+    assert len(shown["events"]) > 10
+    assert "SeCrEt" not in str(shown)

@@ -235,6 +235,17 @@ async def test_requests_are_counted_by_route(client: Client, service: Service) -
     assert requests("(none)", "other", "404") == 1
 
 
+async def test_an_order_that_cannot_be_read_counts_as_refused(
+    client: Client, service: Service
+) -> None:
+    await client.post(b"{")
+    await client.order(instance_id="")
+    for code in ("invalid_json", "invalid_request"):
+        assert service.metric("gpud_orders_total", outcome=code) == 1
+    told = service.metrics.registry.get_sample_value
+    assert told("gpud_token_failures_total", {"reason": "expired"}) == 0  # before its first time
+
+
 async def test_a_caller_who_polls_costs_no_signature_check(
     client: Client, service: Service
 ) -> None:
