@@ -5,9 +5,23 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from gpud.hypervisor import connection
+from gpud.inventory import bus
+from gpud.lifecycle import guests, worker
 from gpud.model import LEGAL_STATUS, Status
 from tests.chaos.edges import Killed
 from tests.unit.fakes.libvirt_daemon import Guest
+
+SHORT_PAUSES = (
+    (connection, "FIRST_PAUSE_S", 0.0005),
+    (connection, "LONGEST_PAUSE_S", 0.0005),
+    (worker, "_FIRST_RETRY_S", 0.0005),
+    (worker, "_LAST_RETRY_S", 0.0005),
+    (guests, "_PAUSE_S", 0.0005),
+    (guests, "_PAUSE_AFTER_REPORT_S", 0.0005),
+    (guests, "_BOOT_EVERY_S", 0),  # on a clock that stands still
+    (bus, "_FRESH_S", -1),
+)
 
 
 def report_again(guest: Guest) -> None:

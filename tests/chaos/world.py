@@ -19,12 +19,11 @@ from gpud import command
 from gpud.errors import GpudError
 from gpud.guest.image import ImageStore
 from gpud.hypervisor import connection
-from gpud.inventory import CardState, bus
-from gpud.lifecycle import guests, worker
+from gpud.inventory import CardState
 from gpud.model import PciAddress, Status, Step
 from tests.chaos import badcards
 from tests.chaos.edges import Edges, Killed, MortalLibvirtd, make_mortal, watch
-from tests.chaos.parts import follows, report_again, tell_unless_killed
+from tests.chaos.parts import SHORT_PAUSES, follows, report_again, tell_unless_killed
 from tests.faults import FaultLog
 from tests.unit.fakes.libvirt_daemon import Fault, Guest, error
 from tests.unit.fakes.orders import Clock, quick_directory, until
@@ -34,16 +33,6 @@ from tests.unit.lifecycle.gpud_under_test import Gpud, make_config, make_server
 GPUS = (PciAddress(0, 1, 0, 0), PciAddress(0, 2, 0, 0))
 PATIENCE_S = 10
 _TURN_S = 0.0002
-_SHORT_PAUSES = (
-    (connection, "FIRST_PAUSE_S", 0.0005),
-    (connection, "LONGEST_PAUSE_S", 0.0005),
-    (worker, "_FIRST_RETRY_S", 0.0005),
-    (worker, "_LAST_RETRY_S", 0.0005),
-    (guests, "_PAUSE_S", 0.0005),
-    (guests, "_PAUSE_AFTER_REPORT_S", 0.0005),
-    (guests, "_BOOT_EVERY_S", 0),  # on a clock that stands still
-    (bus, "_FRESH_S", -1),
-)
 
 
 class World:
@@ -80,7 +69,7 @@ class World:
         patch.setattr(libvirt, "open", self.libvirtd.open)
         patch.setattr(command, "run", self.qemu_img.run)
         patch.setattr(connection, "start_event_loop", lambda: None)
-        for module, name, value in _SHORT_PAUSES:
+        for module, name, value in SHORT_PAUSES:
             patch.setattr(module, name, value)
         self.runner.run(self._add_image())
         watch(self.edges)

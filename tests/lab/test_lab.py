@@ -83,6 +83,7 @@ async def test_2_guests_side_by_side(lab: Lab) -> None:
     for upstream_id in (pair, single):
         assert (await lab.caller.show(upstream_id))["status"] == "running"
         assert (await lab.instance(upstream_id))["restarts"] == 0
+    await lab.command("check")  # which fails if anything is amiss
     await lab.delete(pair, single)
     await lab.offered(3)
     assert await lab.drivers() == OWN_DRIVERS
@@ -213,6 +214,7 @@ async def test_7_the_power_fails(lab: Lab) -> None:
     assert (await lab.caller.show(upstream_id))["status"] == "terminated"
     await lab.offered(3)
     assert await lab.drivers() == drivers
+    await lab.command("check")
 
 
 @scenario

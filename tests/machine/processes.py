@@ -66,6 +66,15 @@ class Program:
             self.kill()
             raise AssertionError(f"{self.name} did not end within {timeout_s} s") from None
 
+    async def killed(self, timeout_s: float) -> None:
+        """Wait until it has ended by SIGKILL; any other end is a failure."""
+        assert self.process is not None
+        async with asyncio.timeout(timeout_s):
+            while self.running:
+                await asyncio.sleep(0.02)
+        if self.process.returncode != -signal.SIGKILL:
+            raise AssertionError(f"{self.name} ended by itself:\n{self.tail()}")
+
     async def listening(self, port: int, timeout_s: float = 30) -> None:
         """Wait until it accepts connections on ``port``."""
         async with asyncio.timeout(timeout_s):
@@ -80,6 +89,16 @@ class Program:
 
     def tail(self, lines: int = 20) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def qemu_pid(domain: str) -> int | None:
+    """The process of a guest, found by the name that libvirt gives QEMU; None when it does not run."""
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            arguments = (directory / "cmdline").read_bytes().split(b"\0")
+            if f"guest={domain},debug-threads=on".encode() in arguments:
+                return int(directory.name)
+    return None
 
 
 async def output_of(*argv: str, timeout_s: float = 60) -> str:

@@ -8,10 +8,8 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -30,30 +28,13 @@ from gpud.hypervisor.libvirtd import Hypervisor
 from gpud.hypervisor.networkxml import Lease, NetworkSpec
 from gpud.hypervisor.passthroughxml import mmio_window_mib
 from gpud.model import PciAddress
+from tests.machine.private_libvirtd import PrivateDaemon, end, wait_for_libvirt
 
 SYSTEM = "qemu:///system"
-NOBODY = 65534
 ENDLESS_OUTPUT = bytes.fromhex("baf803 b041 ee ebfd")
 """A boot sector: mov dx,0x3f8; mov al,'A'; again: out dx,al; jmp again."""
 
 BIG_BAR = "pci-testdev,membar=128G,bus=port{0}"
-
-
-def wait_for_libvirt(uri: str, daemon: subprocess.Popen[bytes]) -> None:
-    for _ in range(200):
-        assert daemon.poll() is None, f"{daemon.args!r} has ended"
-        try:
-            libvirt.open(uri).close()
-        except libvirt.libvirtError:
-            time.sleep(0.1)
-        else:
-            return
-    pytest.fail(f"nobody answers on {uri}")
-
-
-def end(daemon: subprocess.Popen[bytes]) -> None:
-    daemon.terminate()
-    daemon.wait(20)
 
 
 @pytest.fixture(scope="module")
@@ -78,69 +59,6 @@ def system() -> Iterator[str]:
                 end(daemon)
     else:
         yield SYSTEM
-
-
-class PrivateDaemon:
-    """A libvirtd of an ordinary user, which a test may kill."""
-
-    def __init__(self, home: Path) -> None:
-        config = home / "config" / "libvirt"
-        config.mkdir(parents=True)
-        (config / "qemu.conf").write_text('stdio_handler = "file"\n')
-        self.uri = f"qemu:///session?socket={home}/run/libvirt/libvirt-sock"
-        self._environment = {
-            "PATH": os.environ["PATH"],
-            "HOME": str(home),
-            "XDG_RUNTIME_DIR": str(home / "run"),
-            "XDG_CONFIG_HOME": str(home / "config"),
-            "XDG_CACHE_HOME": str(home / "cache"),
-        }
-        (home / "run").mkdir(mode=0o700)
-        self._user = NOBODY if os.geteuid() == 0 else None
-        if self._user is not None:
-            for path in (home, *home.rglob("*")):
-                os.chown(path, self._user, self._user)
-        self.start()
-
-    def start(self) -> None:
-        user = self._user
-        self.process = subprocess.Popen(
-            ["libvirtd"],
-            env=self._environment,
-            user=user,
-            group=user,
-            extra_groups=None if user is None else [],
-            stderr=subprocess.DEVNULL,
-        )
-        wait_for_libvirt(self.uri, self.process)
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-    def stop(self) -> None:
-        """End it together with what a failed test has left running."""
-        if self.process.poll() is not None:
-            self.start()
-        connection = libvirt.open(self.uri)
-        for domain in connection.listAllDomains():
-            domain.destroy()
-        connection.close()
-        end(self.process)
-
-
-@pytest.fixture
-def private_home() -> Iterator[Path]:
-    home = Path(tempfile.mkdtemp(prefix="gpud-"))  # socket paths must stay short
-    yield home
-    shutil.rmtree(home, ignore_errors=True)
-
-
-@pytest.fixture
-def private(private_home: Path) -> Iterator[PrivateDaemon]:
-    daemon = PrivateDaemon(private_home)
-    yield daemon
-    daemon.stop()
 
 
 @pytest.fixture
