@@ -32,6 +32,7 @@ class Code(StrEnum):
     TOO_SLOW = "too_slow"
     HYPERVISOR_UNAVAILABLE = "hypervisor_unavailable"
     AUTH_UNAVAILABLE = "auth_unavailable"
+    RECORD_UNAVAILABLE = "record_unavailable"
     CONFIG_INVALID = "config_invalid"
     IMAGE_INVALID = "image_invalid"
     IMAGE_IN_USE = "image_in_use"
@@ -61,6 +62,7 @@ HTTP_STATUS: dict[Code, int] = {
     Code.TOO_SLOW: 503,
     Code.HYPERVISOR_UNAVAILABLE: 503,
     Code.AUTH_UNAVAILABLE: 503,
+    Code.RECORD_UNAVAILABLE: 503,
 }
 """Codes that can reach an API caller, and the status they travel under (contract: a 4xx is final)."""
 

@@ -48,6 +48,7 @@ _UPDATE = (
     " WHERE upstream_id = :upstream_id"
 )
 _RECENT_BOOTS = 20
+_RETRY_AFTER_S = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,13 +219,15 @@ class Store(CardRecord):
     def _transaction(self, work: Callable[[], T], loop: asyncio.AbstractEventLoop) -> T:
         self._changed = {}
         self._cards_changed = False
-        self._connection.execute("BEGIN IMMEDIATE")
         try:
+            self._connection.execute("BEGIN IMMEDIATE")
             result = work()
             self._connection.execute("COMMIT")
-        except BaseException:
+        except BaseException as error:
             if self._connection.in_transaction:  # SQLite itself ends it on a full disk, say
                 self._connection.execute("ROLLBACK")
+            if isinstance(error, sqlite3.OperationalError):
+                raise _not_written(error) from error
             raise
         self._publish(loop)
         return result
@@ -381,6 +384,15 @@ class Store(CardRecord):
         self._note(instance.upstream_id, _place(current), _place(instance), why)
         self._changed[instance.upstream_id] = instance
         return instance
+
+
+def _not_written(error: sqlite3.OperationalError) -> GpudError:
+    return GpudError(
+        Code.RECORD_UNAVAILABLE,
+        f"the record cannot be written at the moment: {error}",
+        hint="see `df` and dmesg for the file system of state_dir",
+        retry_after_s=_RETRY_AFTER_S,
+    )
 
 
 def _place(instance: Instance) -> str:

@@ -586,7 +586,7 @@ async def test_a_commit_that_fails_is_as_if_it_had_never_been_asked_for(store: S
     real = store._connection
     full: Any = FullDisk(real)
     store._connection = full
-    with pytest.raises(sqlite3.OperationalError, match="disk is full"):
+    with pytest.raises(GpudError, match="disk is full"):
         await store.move(instance, Step.CLONE_DISK)
     store._connection = real
     assert store.live[instance.upstream_id] == instance

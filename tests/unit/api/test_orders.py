@@ -165,6 +165,20 @@ async def test_a_repeat_is_answered_while_the_hypervisor_is_away(
     assert len(await service.store.recent(10)) == 1
 
 
+async def test_what_cannot_be_recorded_is_refused_for_now_and_nothing_of_it_is_kept(
+    client: Client, service: Service
+) -> None:
+    first = (await client.order()).json["upstream_id"]
+    pages = service.store._connection.execute("PRAGMA max_page_count = 1").fetchone()[0]
+    script = "#" * 400_000
+    refused = await client.order("gpuai-2", startup_script=script)
+    assert (refused.status, refused.code) == (503, "record_unavailable")
+    assert int(refused.headers["Retry-After"]) > 0
+    assert [one.upstream_id for one in await service.store.recent(10)] == [first]
+    service.store._connection.execute(f"PRAGMA max_page_count = {pages + 1000}")
+    assert (await client.order("gpuai-2", startup_script=script)).status == 201
+
+
 async def test_an_ended_instance_makes_room(client: Client, service: Service) -> None:
     first = await client.order(gpu_count=2)
     assert (await client.order("gpuai-2")).status == 409
