@@ -93,7 +93,7 @@ class FaultLog:
             assert findings == []
             recovered = runs
         finally:
-            kinds = [finding.kind for finding in findings]
+            kinds = [str(finding.kind) for finding in findings]
             self.record(
                 fault,
                 runs=runs,
