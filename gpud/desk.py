@@ -24,6 +24,8 @@ from gpud.telemetry import Metrics
 _log = structlog.get_logger()
 
 _RETRY_AFTER_S = 10
+_UNRECORDED_S = 60.0
+"""How long nothing is offered after an order could not be recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class OrderDesk:
         hypervisor_up: Whether libvirt answers at the moment.
         metrics: Where orders and refusals are counted.
         clock: Seconds since the epoch.
+        monotonic: Seconds that only go forward.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class OrderDesk:
         hypervisor_up: Callable[[], bool],
         metrics: Metrics,
         clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
         self._store = store
@@ -73,18 +77,21 @@ class OrderDesk:
         for shortage in Shortage:  # so that the first of each is seen as an increase
             metrics.capacity_refusals.labels(shortage.value)
         self._clock = clock
+        self._monotonic = monotonic
+        self._unrecorded_at = -math.inf
         self._cached_for: object = None
         self._cached = b""
 
     def offerings(self) -> list[Offering]:
         """Every shape and tier on offer, also those with nothing available, with how many there are.
 
-        Nothing is available while libvirt is away, the guest image is missing, or the record is one from
-        a backup that the operator has not checked.
+        Nothing is available while libvirt is away, the guest image is missing, the record cannot be
+        written, or it is one from a backup that the operator has not checked.
         """
         host = self._inventory.host
         all_offerings = offers.offerings(self._config, host, self._grants())
-        if self._hypervisor_up() and self._image_usable() and not self._store.restored:
+        recordable = self._recordable() and not self._store.restored
+        if recordable and self._hypervisor_up() and self._image_usable():
             return all_offerings
         return [replace(one, available_count=0, stock_status="Low") for one in all_offerings]
 
@@ -92,7 +99,12 @@ class OrderDesk:
         """Body of ``GET /v1/gpu/available``: what can be provisioned right now. Remembered until
         an order changes something or the host is looked at anew.
         """  # noqa: D205 - one sentence and its rider
-        now_for = (self._store.version, self._inventory.view, self._hypervisor_up())
+        now_for = (
+            self._store.version,
+            self._inventory.view,
+            self._hypervisor_up(),
+            self._recordable(),
+        )
         if self._cached_for != now_for:
             available = [one.as_json() for one in self.offerings() if one.available_count > 0]
             self._cached = json.dumps({"offerings": available}).encode()
@@ -110,6 +122,9 @@ class OrderDesk:
         except GpudError as error:
             if isinstance(error, NoCapacity):
                 self._metrics.capacity_refusals.labels(error.shortage.value).inc()
+            if error.code is Code.RECORD_UNAVAILABLE:
+                self._unrecorded_at = self._monotonic()
+                _log.error("order refused", error=str(error))
             self._metrics.orders.labels(error.code.value).inc()
             raise
         outcome = "replayed" if admission.replayed else "accepted"
@@ -139,6 +154,9 @@ class OrderDesk:
             _log.error("order refused: the guest image cannot be used", error=str(error))
             raise GpudError(Code.NO_CAPACITY, "this server has no usable guest image") from error
         return offers.grant(self._config, self._inventory.host, grants, order, image.digest)
+
+    def _recordable(self) -> bool:
+        return self._monotonic() - self._unrecorded_at >= _UNRECORDED_S
 
     def _image_usable(self) -> bool:
         try:

@@ -16,6 +16,7 @@ from typing import Final, TypeVar
 
 import structlog
 
+from gpud.errors import GpudError
 from gpud.model import Instance, PciAddress
 
 T = TypeVar("T")
@@ -98,7 +99,7 @@ class History:
         """
         try:
             await self._change(lambda: self._note(upstream_id, was, became, why, gpu))
-        except sqlite3.Error as error:
+        except (GpudError, sqlite3.Error) as error:
             _log.warning("event not recorded", event_is=why, error=str(error))
 
     async def ended_runs(self) -> list[tuple[str, str, str, float, float]]:
@@ -118,7 +119,7 @@ class History:
         while True:
             try:
                 await self.prune(days)
-            except sqlite3.Error as error:  # a full disk must not end the daemon
+            except (GpudError, sqlite3.Error) as error:  # a full disk must not end the daemon
                 _log.warning("old events not forgotten; tomorrow again", error=str(error))
             await asyncio.sleep(_DAY_S)
 

@@ -18,6 +18,7 @@ from pytest_socket import SocketConnectBlockedError
 
 from gpud import command
 from gpud.errors import Code, GpudError
+from tests.unit.fakes.orders import until_reaped
 
 SHELL = "/bin/sh"
 shell = pytest.mark.real_command("sh")
@@ -204,8 +205,7 @@ async def test_a_program_stuck_in_the_kernel_is_told_and_not_waited_for(
 
     assert "has not gone away yet" in str(error)
     really_kill(read_pid(pid_file), 9)
-    await until(lambda: not Path(f"/proc/{read_pid(pid_file)}").exists())  # dead and reaped
-    await asyncio.sleep(0)
+    await until_reaped()
 
 
 async def test_cancellation_during_a_start_that_fails_is_no_failure(

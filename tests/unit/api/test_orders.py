@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from gpud import desk
 from gpud.model import Status
 from tests.unit.client import Client
 from tests.unit.service import Service, make_ended, make_failed, make_running
@@ -166,7 +167,7 @@ async def test_a_repeat_is_answered_while_the_hypervisor_is_away(
 
 
 async def test_what_cannot_be_recorded_is_refused_for_now_and_nothing_of_it_is_kept(
-    client: Client, service: Service
+    client: Client, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = (await client.order()).json["upstream_id"]
     pages = service.store._connection.execute("PRAGMA max_page_count = 1").fetchone()[0]
@@ -175,7 +176,10 @@ async def test_what_cannot_be_recorded_is_refused_for_now_and_nothing_of_it_is_k
     assert (refused.status, refused.code) == (503, "record_unavailable")
     assert int(refused.headers["Retry-After"]) > 0
     assert [one.upstream_id for one in await service.store.recent(10)] == [first]
+    assert (await client.get("/v1/gpu/available")).json["offerings"] == []
     service.store._connection.execute(f"PRAGMA max_page_count = {pages + 1000}")
+    monkeypatch.setattr(desk, "_UNRECORDED_S", 0)
+    assert (await client.get("/v1/gpu/available")).json["offerings"] != []
     assert (await client.order("gpuai-2", startup_script=script)).status == 201
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
@@ -78,3 +79,9 @@ async def until(condition: Callable[[], object], patience_s: float = 8) -> None:
     async with asyncio.timeout(patience_s):
         while not condition():
             await asyncio.sleep(0.001)
+
+
+async def until_reaped() -> None:
+    """Wait until asyncio knows of every child that has ended; one it never heard of is a warning."""
+    await until(lambda: not any("waitpid" in thread.name for thread in threading.enumerate()))
+    await asyncio.sleep(0.01)

@@ -14,6 +14,7 @@ import pytest
 from gpud import command
 from gpud.errors import GpudError
 from gpud.host.kernelfiles import InChildren
+from tests.unit.fakes.orders import until_reaped
 
 pytestmark = pytest.mark.real_command("head", "od")
 
@@ -191,5 +192,4 @@ async def test_a_child_inside_the_kernel_does_not_hold_up_the_others(
     async with stuck(b):
         assert await InChildren().read_many([a, b], 64, HASTY_S) == [header(a), b""]
     assert len(survivors) == 1  # it lives until the kernel lets go of it, as now
-    while Path(f"/proc/{survivors[0]}").exists():
-        await asyncio.sleep(0.002)
+    await until_reaped()

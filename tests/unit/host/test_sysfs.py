@@ -14,6 +14,7 @@ from gpud import command
 from gpud.errors import Code, GpudError
 from gpud.host.sysfs import Sysfs, SysfsError, attribute
 from gpud.model import PciAddress
+from tests.unit.fakes.orders import until_reaped
 
 GPU = PciAddress.parse("0000:41:00.0")
 FILE = Path("file")
@@ -148,9 +149,7 @@ async def test_a_child_that_cannot_be_killed_is_left_behind(
 
     assert "has not gone away yet (stuck inside the kernel?)" in error.detail
     os.kill(stuck[0], 9)
-    while Path(f"/proc/{stuck[0]}").exists():
-        await asyncio.sleep(0.002)
-    await asyncio.sleep(0)
+    await until_reaped()
 
 
 @children
