@@ -250,6 +250,15 @@ def test_a_restore_where_there_was_no_state_keeps_none(
     assert (done.exit_code, "kept as" in done.output) == (0, False)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C works, although whoever runs in the background was started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("before", [0, 1])
 def test_events_are_followed_until_ctrl_c(
     gpud: Callable[..., Result], daemon: Daemon, monkeypatch: pytest.MonkeyPatch, before: int
