@@ -25,6 +25,8 @@ from tests.machine.small_guest import small_guest
 from tests.machine.test_chaos_guest import BOOT_TIMEOUT_S, ORDER, bios, console
 
 DISK_MIB = 6 * 1024
+OFFERED_TIMEOUT_S = 90
+"""Nothing is offered for a minute after an order could not be recorded."""
 _BLOCK_BYTES = 4096
 _OPTIONS = "loop,errors=remount-ro"
 OFFER = {
@@ -160,7 +162,7 @@ async def test_disk_full_in_the_middle_of_an_order(
     server.daemon.stop()
     held = Held(server, tmp_path / "held", point)
     await server.start_daemon()
-    await caller.wait_for_offerings()
+    await caller.wait_for_offerings(OFFERED_TIMEOUT_S)
     await caller.order(instance_id="a", **ORDER)
     if "return" in point or "stop" in point:
         await caller.wait_for("a", "running", BOOT_TIMEOUT_S)
@@ -177,7 +179,7 @@ async def test_disk_full_in_the_middle_of_an_order(
     assert status in ({"running", "error"} if before == "creating" else {"terminated"})
     await in_order(server, f"disk full {point.replace(':', ' ')} (QEMU)", took_s)
     async with gone(caller, "a", "b"):
-        await caller.wait_for_offerings()
+        await caller.wait_for_offerings(OFFERED_TIMEOUT_S)
         await caller.order(instance_id="b", **ORDER)
         await caller.wait_for("b", "running", BOOT_TIMEOUT_S)
     assert server.leftovers() == []
@@ -266,7 +268,7 @@ async def test_a_base_image_that_is_damaged_is_noticed_before_it_is_sold(
     server.daemon.stop()
     held = Held(server, tmp_path / "held", "before:clone_disk")
     await server.start_daemon()
-    await caller.wait_for_offerings()
+    await caller.wait_for_offerings(OFFERED_TIMEOUT_S)
     (image,) = (server.state_dir / "images").glob("*.qcow2")
     await caller.order(instance_id="a", **ORDER)
     await held.at("before:clone_disk")
@@ -284,7 +286,7 @@ async def test_a_base_image_that_is_damaged_is_noticed_before_it_is_sold(
         await refused(caller, "b")
     began = time.monotonic()
     await server.gpud("image", "add", str(await small_guest()), "--name", "demo")
-    await caller.wait_for_offerings()
+    await caller.wait_for_offerings(OFFERED_TIMEOUT_S)
     took_s = time.monotonic() - began
     await caller.order(instance_id="b", **ORDER)
     await caller.wait_for("b", "running", BOOT_TIMEOUT_S)
