@@ -134,7 +134,8 @@ class CardSteps:
     async def _each(self, instance: Instance, act: Act) -> dict[PciAddress, str]:
         """Do something with every card that was noted and has no fault, side by side.
 
-        A card that another domain has got hold of is not touched; that is its fault.
+        A card that another domain has got hold of is not touched; that is its fault. That the record
+        cannot be written is no card's fault.
         """
         elsewhere = await self._elsewhere(instance) if instance.former_drivers else {}
         faults = {
@@ -147,7 +148,7 @@ class CardSteps:
         acts = [act(gpu, _former(instance, gpu)) for gpu in gpus]
         results = await asyncio.gather(*acts, return_exceptions=True)
         for gpu, result in zip(gpus, results, strict=True):
-            if isinstance(result, GpudError):
+            if isinstance(result, GpudError) and result.code is not Code.RECORD_UNAVAILABLE:
                 faults[gpu.address] = result.detail
             elif isinstance(result, BaseException):
                 raise result

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gpud.errors import GpudError
+from gpud.errors import Code, GpudError
 from gpud.host.nvml import Nvml
 from gpud.inventory import CardState
 from gpud.lifecycle import cleaning
@@ -257,6 +257,21 @@ async def test_a_guest_that_has_run_waits_for_a_card_that_cannot_be_bound(
     assert "createXML" not in libvirtd.calls[libvirtd.calls.index("createXML") + 1 :]
     rebooted.accept(GPU, "vfio-pci")
     assert (await gpud.reach(instance, Step.RUNNING)).status is Status.RUNNING
+    assert quarantines(gpud) == {}
+
+
+async def test_a_full_disk_is_no_cards_fault(
+    gpud: Gpud, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin_reset = gpud.store.begin_reset
+
+    async def full_once(_gpu: PciAddress, _boot_id: str) -> None:
+        monkeypatch.setattr(gpud.store, "begin_reset", begin_reset)
+        raise GpudError(Code.RECORD_UNAVAILABLE, "the disk is full", retry_after_s=30)
+
+    monkeypatch.setattr(gpud.store, "begin_reset", full_once)
+    await gpud.deleted(await gpud.running())
+    assert set(drivers(kernel).values()) == AS_FOUND
     assert quarantines(gpud) == {}
 
 
