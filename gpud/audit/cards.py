@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from gpud.audit.facts import Facts, Finding, Kind, ToldCard
 from gpud.host.pci import VFIO_PCI
 from gpud.inventory.card import CardState
-from gpud.lifecycle.cards import functions_of
+from gpud.lifecycle.cards import functions_of, held_functions
 from gpud.lifecycle.strays import strays
 from gpud.model import PciAddress
 
@@ -48,7 +48,7 @@ def _elsewhere(facts: Facts) -> Iterator[Finding]:
 
 def _strays(facts: Facts) -> Iterator[Finding]:
     record = facts.record
-    held = {one for it in record.live.values() for one in functions_of(it.grant)}
+    held = held_functions(record.live.values())
     found = strays(
         record.noted,
         held | facts.passed.keys(),

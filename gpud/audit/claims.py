@@ -9,6 +9,7 @@ from gpud.audit.facts import Facts, Finding, Kind
 from gpud.inventory.room import room_for_guests
 from gpud.lifecycle.cards import functions_of
 from gpud.model import Grant, NumaNode
+from gpud.statefile import STATE_FILE
 
 Granted = Mapping[str, Sequence[str]]
 """What instances were given, each by ``upstream_id``."""
@@ -128,6 +129,6 @@ def _room(where: str, sold: NumaNode, whole: NumaNode, left: NumaNode) -> Iterat
 
 
 def _delete(facts: Facts, table: str, column: str, key: str) -> str:
-    path = facts.config.state_dir / "state.sqlite"
+    path = facts.config.state_dir / STATE_FILE
     statement = f"DELETE FROM {table} WHERE {column} = '{key}'"  # noqa: S608 - shown, not run
     return f'systemctl stop gpud; sqlite3 {path} "{statement}"; systemctl start gpud'

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 from gpud.audit.facts import Facts, Finding, Kind
 from gpud.guest.disk import InstanceFiles
-from gpud.hypervisor.networkxml import Lease
-from gpud.lifecycle.steps import lease_name
-from gpud.model import UPSTREAM_ID, Step
+from gpud.lifecycle.steps import lease_holder
+from gpud.model import Step
 
 _REPAIR = "gpud check --repair"
 
@@ -22,18 +21,10 @@ def leftovers(facts: Facts) -> Iterator[Finding]:
         console = facts.config.state_dir / "console" / f"{upstream_id}.log"
         yield _left("console", upstream_id, f"{console} is kept of a guest that ended well")
     for lease in facts.leases:
-        holder = _holder(lease, facts.record.owner)
+        holder = lease_holder(lease, facts.record.owner)
         if holder is not None and holder not in facts.record.live:
             what = f"network {facts.config.network.name} holds {lease.address} for it"
             yield _left("lease", holder, what)
-
-
-def _holder(lease: Lease, owner: str) -> str | None:
-    """The instance that a lease was made for by the gpud ``owner``; None for anybody else's."""
-    found = UPSTREAM_ID.search(lease.name)
-    if found is None or lease.name != lease_name(found[0], owner):
-        return None
-    return found[0]
 
 
 def _left(what: str, upstream_id: str, told: str) -> Finding:

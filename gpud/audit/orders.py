@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Final
 
 from gpud.audit.facts import Facts, Finding, Kind, place
-from gpud.lifecycle.cards import start_time_limit_s
-from gpud.model import RELEASE_STEPS, Instance, Status, Step
+from gpud.lifecycle.cards import step_limit_s
+from gpud.model import RELEASE_STEPS, Instance, Status
 
 _GRACE_S: Final = 90.0
 """Beyond a deadline: the longest pause between two tries of a step, and a try."""
@@ -35,11 +35,9 @@ def orders(facts: Facts) -> Iterator[Finding]:
 
 
 def _stuck(instance: Instance, facts: Facts) -> Iterator[Finding]:
-    limit_s = facts.config.deadlines.of(instance.step)
+    limit_s = step_limit_s(facts.config.deadlines, instance)
     if limit_s is None or facts.told is None:  # without a daemon nothing moves, which is said
         return
-    if instance.step is Step.START_DOMAIN:
-        limit_s = start_time_limit_s(limit_s, instance.grant)
     since = max(instance.step_since, facts.told.since)  # a daemon gives each step its whole time
     if facts.now - since > limit_s + _GRACE_S:
         yield Finding(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from gpud.audit.facts import Facts, Record, Told, ToldCard
 from gpud.audit.record import read_record
@@ -19,14 +19,12 @@ from gpud.host.capacity import Capacity
 from gpud.host.sysfs import Sysfs
 from gpud.hypervisor.libvirtd import Hypervisor
 from gpud.hypervisor.networkxml import Lease
-from gpud.lifecycle.cards import functions_of
-from gpud.lifecycle.strays import candidates
+from gpud.lifecycle.cards import held_functions
+from gpud.lifecycle.strays import OVERRIDE_S, candidates
 from gpud.model import UPSTREAM_ID
 from gpud.statefile import connect_to_read
 
 Row = Mapping[str, Any]
-
-_OVERRIDE_S: Final = 5.0
 
 
 class Reader:
@@ -65,7 +63,7 @@ class Reader:
         """
         record = await asyncio.to_thread(self._record)
         passed = await self._hypervisor.passed_functions()
-        held = {one for it in record.live.values() for one in functions_of(it.grant)}
+        held = held_functions(record.live.values())
         idle = candidates(record.noted, held | passed.keys(), record.quarantines.values())
         consoles = ConsoleLogs(self._config.state_dir / "console", 0)
         with _readable():
@@ -80,7 +78,7 @@ class Reader:
                 consoles=frozenset(consoles.kept()),
                 leases=await self._leases(),
                 drivers={one: self._sysfs.driver(one) for one in (*held, *idle)},
-                overrides=await self._sysfs.overrides(idle, _OVERRIDE_S),
+                overrides=await self._sysfs.overrides(idle, OVERRIDE_S),
                 told=told,
             )
 

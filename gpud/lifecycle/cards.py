@@ -7,10 +7,10 @@ go on, so that one bad card never keeps the others of its instance from being so
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 
-from gpud.config import Config
+from gpud.config import Config, Deadlines
 from gpud.errors import Code, GpudError
 from gpud.host import capacity, pci
 from gpud.host.pci import PciTree
@@ -196,10 +196,23 @@ def functions_of(grant: Grant) -> list[PciAddress]:
     return [function for gpu in grant.gpus for function in gpu.functions]
 
 
+def held_functions(instances: Iterable[Instance]) -> set[PciAddress]:
+    """Every PCI function that one of the instances was given."""
+    return {function for instance in instances for function in functions_of(instance.grant)}
+
+
 def start_time_limit_s(base_s: float, grant: Grant) -> float:
     """How long the start of a guest with this grant may take, in seconds."""
     cards = sum(bool(gpu.functions) for gpu in grant.gpus)
     return start_timeout_s(base_s, grant.shape.memory_mib, cards)
+
+
+def step_limit_s(deadlines: Deadlines, instance: Instance) -> float | None:
+    """How long the instance may be in its step, in seconds; None for a step without a limit."""
+    limit_s = deadlines.of(instance.step)
+    if limit_s is None or instance.step is not Step.START_DOMAIN:
+        return limit_s
+    return start_time_limit_s(limit_s, instance.grant)
 
 
 def _former(instance: Instance, gpu: Gpu) -> dict[PciAddress, str]:

@@ -20,7 +20,7 @@ from gpud.guest.console import ConsoleLogs
 from gpud.guest.disk import InstanceFiles
 from gpud.hypervisor.domainxml import Identity
 from gpud.hypervisor.libvirtd import Hypervisor
-from gpud.lifecycle.steps import lease_name, network_spec
+from gpud.lifecycle.steps import lease_holder, network_spec
 from gpud.lifecycle.strays import StrayWatch
 from gpud.model import UPSTREAM_ID, Status
 from gpud.store import Store
@@ -110,12 +110,10 @@ class Reconciler:
             return
         await self._hypervisor.ensure_network(network_spec(self._config))
         for lease in await self._hypervisor.leases(network.name):
-            found = UPSTREAM_ID.search(lease.name)
-            upstream_id = found[0] if found else ""
-            ours = lease.name == lease_name(upstream_id, self._store.owner)
-            if ours and upstream_id not in {*self._store.live, *still_running}:
+            holder = lease_holder(lease, self._store.owner)
+            if holder is not None and holder not in {*self._store.live, *still_running}:
                 removal = partial(self._hypervisor.remove_lease, network.name, lease.mac)
-                await self._remove("lease", lease.name, upstream_id, removal)
+                await self._remove("lease", lease.name, holder, removal)
 
     async def _files(self, still_running: set[str]) -> None:
         directory = self._config.state_dir / "instances"

@@ -19,11 +19,11 @@ from gpud.guest.image import ImageStore
 from gpud.guest.seed import write_seed
 from gpud.hypervisor.domainxml import DomainSpec, LibvirtNetwork, UserNetwork, render
 from gpud.hypervisor.libvirtd import Hypervisor
-from gpud.hypervisor.networkxml import NetworkSpec
+from gpud.hypervisor.networkxml import Lease, NetworkSpec
 from gpud.lifecycle.cards import REBOOTED, CardSteps, start_time_limit_s
 from gpud.lifecycle.guests import GuestWatch
 from gpud.lifecycle.outcome import Fail, Hop, Nap, Outcome, StepFunction
-from gpud.model import DOMAIN_PREFIX, Instance, Status, Step
+from gpud.model import DOMAIN_PREFIX, UPSTREAM_ID, Instance, Status, Step
 from gpud.store import Store
 from gpud.telemetry import Metrics
 
@@ -201,6 +201,14 @@ class Steps:
 def lease_name(upstream_id: str, owner: str) -> str:
     """Name of an instance's entry in the libvirt network, which other gpuds may share."""
     return f"{DOMAIN_PREFIX}{upstream_id}-{owner}"
+
+
+def lease_holder(lease: Lease, owner: str) -> str | None:
+    """The instance that a lease was made for by the gpud ``owner``; None for anybody else's."""
+    found = UPSTREAM_ID.search(lease.name)
+    if found is None or lease.name != lease_name(found[0], owner):
+        return None
+    return found[0]
 
 
 def network_spec(config: Config) -> NetworkSpec:

@@ -17,13 +17,14 @@ import structlog
 from gpud.host.pci import VFIO_PCI
 from gpud.host.sysfs import Sysfs
 from gpud.hypervisor.libvirtd import Hypervisor
-from gpud.lifecycle.cards import functions_of
+from gpud.lifecycle.cards import held_functions
 from gpud.model import Instance, PciAddress, Quarantine
 from gpud.store import Store
 
 _log = structlog.get_logger()
 
-_OVERRIDE_S: Final = 5.0
+OVERRIDE_S: Final = 5.0
+"""How long the kernel may take to tell of an override."""
 _LOOKED_BACK: Final = 1000
 
 
@@ -105,7 +106,7 @@ class StrayWatch:
         passed = await self._hypervisor.passed_functions()
         quarantines = self._store.quarantines.values()
         idle = candidates(noted, self._held() | passed.keys(), quarantines)
-        overrides = await self._sysfs.overrides(idle, _OVERRIDE_S)
+        overrides = await self._sysfs.overrides(idle, OVERRIDE_S)
         drivers = {one: self._sysfs.driver(one) for one in idle}
         # Again who has what: an order may have come meanwhile.
         found = strays(noted, self._held() | passed.keys(), quarantines, drivers, overrides)
@@ -116,4 +117,4 @@ class StrayWatch:
         self._told = set(found)
 
     def _held(self) -> set[PciAddress]:
-        return {one for it in self._store.live.values() for one in functions_of(it.grant)}
+        return held_functions(self._store.live.values())

@@ -17,7 +17,7 @@ import structlog
 
 from gpud.config import Deadlines
 from gpud.errors import Code, GpudError
-from gpud.lifecycle.cards import start_time_limit_s
+from gpud.lifecycle.cards import step_limit_s
 from gpud.lifecycle.outcome import Fail, Hop, Nap, Outcome, StepFunction
 from gpud.model import FIRST_RELEASE_STEP, RELEASE_STEPS, Instance, Status, Step
 from gpud.store import Store
@@ -135,7 +135,7 @@ class Worker:
         if instance.delete_requested_at is not None and not releasing:
             await self._commit(instance, Hop(FIRST_RELEASE_STEP, "termination comes first"))
             return 0
-        deadline_s = self._deadline_s(instance)
+        deadline_s = step_limit_s(self._deadlines, instance)
         try:
             outcome = await self._steps[instance.step](instance)
         except Exception as error:
@@ -187,14 +187,8 @@ class Worker:
         expected = isinstance(error, GpudError) and not error.transient
         return expected or self._late(instance)
 
-    def _deadline_s(self, instance: Instance) -> float | None:
-        deadline_s = self._deadlines.of(instance.step)
-        if deadline_s is None or instance.step is not Step.START_DOMAIN:
-            return deadline_s
-        return start_time_limit_s(deadline_s, instance.grant)
-
     def _late(self, instance: Instance) -> bool:
-        deadline_s = self._deadline_s(instance)
+        deadline_s = step_limit_s(self._deadlines, instance)
         return deadline_s is not None and self._in_step_s(instance) > deadline_s
 
     def _in_step_s(self, instance: Instance) -> float:

@@ -18,7 +18,7 @@ from gpud.config import Deadlines
 from gpud.guest.image import Image
 from gpud.host.capacity import Disk
 from gpud.inventory import Card, CardState
-from gpud.lifecycle.cards import start_time_limit_s
+from gpud.lifecycle.cards import step_limit_s
 from gpud.model import Instance, Status, Step
 from gpud.offers import Offering
 
@@ -106,12 +106,8 @@ def of_instances(live: Sequence[Instance], deadlines: Deadlines, now: float) -> 
 
 
 def _overdue(instance: Instance, deadlines: Deadlines, now: float) -> bool:
-    deadline_s = deadlines.of(instance.step)
-    if deadline_s is None:
-        return False
-    if instance.step is Step.START_DOMAIN:
-        deadline_s = start_time_limit_s(deadline_s, instance.grant)
-    return now - instance.step_since > deadline_s
+    limit_s = step_limit_s(deadlines, instance)
+    return limit_s is not None and now - instance.step_since > limit_s
 
 
 def of_offerings(offerings: Iterable[Offering]) -> Iterator[Gauge]:
