@@ -19,12 +19,12 @@ import structlog
 import yaml
 from click.testing import CliRunner, Result
 
-from gpud import __version__, adminclient, cli, listeners
+from gpud import __version__, adminclient, listeners
 from gpud.api import admin
 from gpud.api.admin import Admin
 from gpud.api.web import openapi_document
 from gpud.audit import look
-from gpud.cli import main
+from gpud.cli import main, service
 from gpud.config import Log
 from gpud.guest.console import ConsoleLogs
 from gpud.guest.image import ImageStore
@@ -414,7 +414,7 @@ def libvirtd(monkeypatch: pytest.MonkeyPatch) -> Iterator[LibvirtDaemon]:
     daemon = LibvirtDaemon()
     monkeypatch.setattr(libvirt, "open", daemon.open)
     monkeypatch.setattr(connection, "start_event_loop", lambda: None)
-    monkeypatch.setattr(cli, "set_up_logging", _log_for_this_test)
+    monkeypatch.setattr(service, "set_up_logging", _log_for_this_test)
     monkeypatch.setattr(look, "_BETWEEN_S", 0)
     yield daemon
     structlog.reset_defaults()

@@ -1,0 +1,34 @@
+"""The ``gpud`` command: the verbs an operator types."""
+
+from __future__ import annotations
+
+import click
+
+from gpud import __version__
+from gpud.cli import development, gpus, images, orders, service, state
+from gpud.cli.options import Commands
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="gpud")
+def main() -> None:
+    """Sell this server's GPUs: the Supplier API daemon for one GPU server."""
+
+
+for _verb in (
+    service.serve,
+    service.config_group,
+    orders.instances,
+    orders.events,
+    orders.offers,
+    gpus.gpus,
+    orders.console,
+    service.check,
+    service.doctor,
+    state.backup,
+    state.restore,
+    service.openapi,
+    images.image,
+    development.dev,
+):
+    main.add_command(_verb)

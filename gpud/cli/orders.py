@@ -1,0 +1,85 @@
+"""What has been ordered, what is for sale, and what happened."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gpud import adminclient, tables
+from gpud.cli.options import config_option, json_option, socket_of
+
+
+@click.command()
+@click.option("--all", "show_ended", is_flag=True, help="Also the newest ended ones.")
+@config_option
+@json_option
+def instances(config_file: Path, *, show_ended: bool, as_json: bool) -> None:
+    """List instances."""
+    path = "/instances?all=1" if show_ended else "/instances"
+    answer = adminclient.get(socket_of(config_file), path)
+    tables.show(answer["instances"], tables.INSTANCES, "no instances", as_json=as_json)
+
+
+@click.command()
+@click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
+@click.option("--instance", "instance_id", metavar="ID", help="Only of this instance.")
+@click.option("--gpu", "address", metavar="ADDRESS", help="Only of the GPU at this address.")
+@click.option("-n", "count", type=click.IntRange(1, 10_000), default=50, show_default=True,
+              metavar="COUNT", help="How many of those that were.")  # fmt: skip
+@config_option
+@json_option
+def events(
+    config_file: Path,
+    instance_id: str | None,
+    address: str | None,
+    count: int,
+    *,
+    follow: bool,
+    as_json: bool,
+) -> None:
+    """Show what happened to instances and GPUs, newest last."""
+    socket = socket_of(config_file)
+    asked = {"instance": instance_id, "gpu": address}
+    wanted = {key: value for key, value in asked.items() if value is not None}
+    path = adminclient.events_path({**wanted, "limit": str(count)})
+    past = adminclient.get(socket, path)["events"]
+    if as_json and not follow:
+        click.echo(json.dumps(past, indent=2))
+        return
+    show: Callable[[Any], str] = json.dumps if as_json else tables.event_line
+    for event in past:
+        click.echo(show(event))
+    if not follow:
+        return
+    coming = adminclient.follow_events(
+        socket, wanted, past[-1]["id"] if past else 0, partial(click.echo, err=True)
+    )
+    with suppress(KeyboardInterrupt):
+        for event in coming:
+            click.echo(show(event))
+
+
+@click.command()
+@config_option
+@json_option
+def offers(config_file: Path, *, as_json: bool) -> None:
+    """List what is on offer, and how much of it could be sold right now."""
+    answer = adminclient.get(socket_of(config_file), "/offers")
+    tables.show(answer["offerings"], tables.OFFERS, "nothing is on offer", as_json=as_json)
+
+
+@click.command()
+@click.argument("instance_id", metavar="ID")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the instance ends.")
+@config_option
+def console(instance_id: str, config_file: Path, *, follow: bool) -> None:
+    """Show what the guest of instance ID has printed on its serial console."""
+    adminclient.copy(socket_of(config_file), adminclient.console_path(instance_id, follow=follow),
+                     sys.stdout.buffer)  # fmt: skip
