@@ -58,9 +58,17 @@ def _domain(instance: Instance, domain: Domain | None) -> Iterator[Finding]:
             Kind.CONTRADICTION,
             instance.upstream_id,
             f"is {instance.status.value}, and its domain {name} is {domain.state.value}",
-            f"virsh domstate --reason {name} says why (I/O error: free disk space first);"
-            f" then virsh {resume} {name}",
+            _when_there_is_room(name)
+            if domain.io_error
+            else f"virsh domstate --reason {name} says why; then virsh {resume} {name}",
         )
+
+
+def _when_there_is_room(name: str) -> str:
+    return (
+        "free space where state_dir is: gpud resumes it within the minute, and so does"
+        f" virsh resume {name}"
+    )
 
 
 def _files(instance: Instance, facts: Facts) -> Iterator[Finding]:
@@ -74,7 +82,8 @@ def _files(instance: Instance, facts: Facts) -> Iterator[Finding]:
                 Kind.CONTRADICTION,
                 instance.upstream_id,
                 f"is {instance.status.value}, and {file} is gone",
-                "its guest may run on, and cannot be started again: have the instance terminated",
+                "its guest may run on, and cannot be started again:"
+                f" gpud instances stop {instance.upstream_id}",
             )
 
 

@@ -43,6 +43,11 @@ _STATES = {
     libvirt.VIR_DOMAIN_PMSUSPENDED: DomainState.SUSPENDED,
 }
 
+_NOT_AS_SEEN = {libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID}
+"""It ended, or went on, by itself a moment ago."""
+
+_PAUSED_BY_QEMU = (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR)
+
 
 @dataclass(frozen=True, slots=True)
 class Domain:
@@ -52,6 +57,8 @@ class Domain:
         uuid: Its UUID.
         name: Its name.
         state: What it does now.
+        io_error: Whether QEMU paused it because its disk could not be written or read.
+        passed: The host's PCI functions that it has.
         identity: Which gpud made it for which instance; None when none did.
     """
 
@@ -59,6 +66,8 @@ class Domain:
     name: str
     state: DomainState
     identity: Identity | None
+    io_error: bool = False
+    passed: frozenset[PciAddress] = frozenset()
 
 
 def start(connection: libvirt.virConnect, uuid: UUID, xml: str) -> None:
@@ -92,8 +101,7 @@ def stop(connection: libvirt.virConnect, uuid: UUID) -> None:
     try:
         domain.destroy()
     except libvirt.libvirtError as error:
-        ended_by_itself = {libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID}
-        if code_of(error) not in ended_by_itself:
+        if code_of(error) not in _NOT_AS_SEEN:
             raise
     if find(connection, uuid) is not None:
         raise GpudError(
@@ -102,6 +110,22 @@ def stop(connection: libvirt.virConnect, uuid: UUID) -> None:
             hint="its QEMU process may hang in the kernel: look at dmesg",
             transient=True,
         )
+
+
+def resume(connection: libvirt.virConnect, uuid: UUID) -> None:
+    """Let a paused domain go on; one that is gone, or runs, is left as it is.
+
+    Raises:
+        libvirt.libvirtError: libvirt cannot resume it.
+    """
+    domain = _lookup(connection, uuid)
+    if domain is None:
+        return
+    try:
+        domain.resume()
+    except libvirt.libvirtError as error:
+        if code_of(error) not in _NOT_AS_SEEN:
+            raise
 
 
 def find(connection: libvirt.virConnect, uuid: UUID) -> Domain | None:
@@ -119,16 +143,7 @@ def active(connection: libvirt.virConnect) -> list[Domain]:
 
 def passed(connection: libvirt.virConnect) -> dict[PciAddress, str]:
     """List the PCI functions of the host that active domains have, each with its domain's name."""
-    found: dict[PciAddress, str] = {}
-    for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
-        try:
-            name, xml = domain.name(), domain.XMLDesc()
-        except libvirt.libvirtError as error:
-            if code_of(error) == libvirt.VIR_ERR_NO_DOMAIN:  # ended while we looked
-                continue
-            raise
-        found |= dict.fromkeys(passed_functions(xml), name)
-    return found
+    return {one: domain.name for domain in active(connection) for one in domain.passed}
 
 
 def open_console(connection: libvirt.virConnect, uuid: UUID) -> libvirt.virStream:
@@ -193,12 +208,14 @@ def _describe(domain: libvirt.virDomain) -> Domain | None:
     try:
         if not domain.isActive():
             return None
-        state, _reason = domain.state()
+        state, reason = domain.state()
         return Domain(
             uuid=UUID(bytes=domain.UUID()),
             name=domain.name(),
             state=_STATES.get(state, DomainState.UNKNOWN),
+            passed=frozenset(passed_functions(domain.XMLDesc())),
             identity=_identity(domain),
+            io_error=(state, reason) == _PAUSED_BY_QEMU,
         )
     except libvirt.libvirtError as error:
         if code_of(error) == libvirt.VIR_ERR_NO_DOMAIN:  # ended while we looked

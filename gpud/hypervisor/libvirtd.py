@@ -106,6 +106,15 @@ class Hypervisor:
         act = partial(domains.stop, uuid=uuid)
         await self._connection.call("stop", str(uuid), f"stop guest {uuid}", act)
 
+    async def resume(self, uuid: UUID) -> None:
+        """Let a paused guest go on; at once done when it runs or is gone.
+
+        Raises:
+            GpudError: GUEST_FAILED when it cannot be resumed.
+        """
+        act = partial(domains.resume, uuid=uuid)
+        await self._connection.call("resume", str(uuid), f"resume guest {uuid}", act)
+
     async def find(self, uuid: UUID) -> Domain | None:
         """Look up a running guest; None when it does not run."""
         act = partial(domains.find, uuid=uuid)

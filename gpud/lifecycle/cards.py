@@ -16,6 +16,7 @@ from gpud.host import capacity, pci
 from gpud.host.pci import PciTree
 from gpud.host.sysfs import Sysfs
 from gpud.host.vfio import Handover
+from gpud.hypervisor.domains import Domain
 from gpud.hypervisor.domainxml import DomainSpec, PassedCard
 from gpud.hypervisor.passthroughxml import mmio_window_mib, start_timeout_s
 from gpud.inventory import Inventory
@@ -155,7 +156,8 @@ class CardSteps:
         return faults
 
     async def _elsewhere(self, instance: Instance) -> dict[PciAddress, str]:
-        return await self._cleaner.elsewhere(functions_of(instance.grant), instance.domain_name)
+        holders = await self._cleaner.domains_of(functions_of(instance.grant))
+        return {one: name for one, name in holders.items() if name != instance.domain_name}
 
     def _clean_gpus_of(self, instance: Instance) -> list[Gpu]:
         """The cards that were noted, less those in which gpud itself found a fault."""
@@ -186,7 +188,7 @@ class CardSteps:
             if card is None:
                 told: tuple[str, ...] = ("it is not on the bus",)
             else:
-                told = card.why_not if instance.running_at is None else card.faults
+                told = card.first_faults if instance.running_at is None else card.faults
             faults += [f"GPU {gpu.address}: {fault}" for fault in told]
         return faults
 
@@ -199,6 +201,15 @@ def functions_of(grant: Grant) -> list[PciAddress]:
 def held_functions(instances: Iterable[Instance]) -> set[PciAddress]:
     """Every PCI function that one of the instances was given."""
     return {function for instance in instances for function in functions_of(instance.grant)}
+
+
+def unplugged(instance: Instance, domain: Domain) -> Fail | None:
+    """Whether the instance's domain has lost a card, which may be back on the bus by now."""
+    gone = [one for one in functions_of(instance.grant) if one not in domain.passed]
+    if not gone:
+        return None
+    why = f"its domain has no longer: {', '.join(map(str, gone))}"
+    return Fail("one of its GPUs fell off the bus", why)
 
 
 def start_time_limit_s(base_s: float, grant: Grant) -> float:

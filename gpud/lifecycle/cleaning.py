@@ -66,16 +66,14 @@ class Cleaner:
         """What NVML says of the cards that it sees at the moment."""
         return (await self._report()).gpus
 
-    async def elsewhere(
-        self, functions: Collection[PciAddress], own: str = ""
-    ) -> dict[PciAddress, str]:
-        """Those functions that a domain has, but for the one named ``own``, each with its domain.
+    async def domains_of(self, functions: Collection[PciAddress]) -> dict[PciAddress, str]:
+        """Those functions that a domain has, each with its domain's name.
 
         Raises:
             GpudError: libvirt cannot be asked.
         """
         passed = await self._hypervisor.passed_functions()
-        return {one: passed[one] for one in functions if passed.get(one, own) != own}
+        return {one: passed[one] for one in functions if one in passed}
 
     async def take(self, functions: Collection[PciAddress]) -> None:
         """Bind to vfio-pci what is not bound to it yet.
@@ -173,7 +171,7 @@ class Cleaner:
         quarantine = self._store.quarantines.get(gpu)
         if quarantine is not None and quarantine.former_drivers:
             former = quarantine.former_drivers
-            for function, domain in (await self.elsewhere(former)).items():
+            for function, domain in (await self.domains_of(former)).items():
                 raise GpudError(Code.GPU_BUSY, f"{function} is in use by domain {domain}")
             await self._store.end_reset(gpu)  # the operator has seen that the server survived it
             await self.clean(gpu, former)

@@ -93,17 +93,22 @@ class GuestWatch:
     async def see(self, domain: Domain, instance: Instance) -> None:
         """Tell once that a guest is paused, and once that it goes on.
 
-        QEMU pauses a guest whose disk cannot be written, until somebody resumes it: what made it do so
-        has to be mended first.
+        QEMU pauses a guest whose disk cannot be written, and leaves the rest to others. Resumed, it tries
+        the same write again; while there is still no room, it is paused again and nothing is lost. One
+        that the operator paused stays so.
         """
+        if domain.io_error:
+            await self._hypervisor.resume(domain.uuid)
         upstream_id = instance.upstream_id
         paused = domain.state is DomainState.PAUSED
         if paused is (upstream_id in self._paused):
             return
         if paused:
             self._paused.add(upstream_id)
-            _log.error("guest is paused; `gpud check` says what to do")
-            why = "its domain is paused: by hand, or by QEMU because its disk cannot be written"
+            by_qemu = "by QEMU, because its disk cannot be written; it goes on when it can"
+            how = by_qemu if domain.io_error else "by hand"
+            _log.error("guest is paused; `gpud check` says what to do", how=how)
+            why = f"its domain is paused {how}"
             await self._store.note(why, upstream_id=upstream_id, became="paused")
         else:
             self._paused.discard(upstream_id)

@@ -17,10 +17,11 @@ from gpud.guest import cloudinit, disk
 from gpud.guest.disk import InstanceFiles
 from gpud.guest.image import ImageStore
 from gpud.guest.seed import write_seed
+from gpud.hypervisor.domains import Domain
 from gpud.hypervisor.domainxml import DomainSpec, LibvirtNetwork, UserNetwork, render
 from gpud.hypervisor.libvirtd import Hypervisor
 from gpud.hypervisor.networkxml import Lease, NetworkSpec
-from gpud.lifecycle.cards import REBOOTED, CardSteps, start_time_limit_s
+from gpud.lifecycle.cards import REBOOTED, CardSteps, start_time_limit_s, unplugged
 from gpud.lifecycle.guests import GuestWatch
 from gpud.lifecycle.outcome import Fail, Hop, Nap, Outcome, StepFunction
 from gpud.model import DOMAIN_PREFIX, UPSTREAM_ID, Instance, Status, Step
@@ -101,7 +102,7 @@ class Steps:
         if instance.guest_boots > instance.boots_at_start:
             return self._now_running(instance)
         there = await self._there(instance)
-        if lost := await self._cards.lost(instance, fresh=not there):
+        if lost := await self._cards.lost(instance, fresh=there is None):
             return lost
         return Nap(_READY_NAP_S) if there else self._start_again(instance)
 
@@ -110,10 +111,10 @@ class Steps:
         self._guests.attach(instance)
         there = await self._there(instance)
         # A guest may have ended because its card was pulled out a moment ago.
-        if lost := await self._cards.lost(instance, fresh=not there):
+        if lost := await self._cards.lost(instance, fresh=there is None):
             return lost
         if there:
-            return Nap(_RUNNING_NAP_S)
+            return unplugged(instance, there) or Nap(_RUNNING_NAP_S)
         powered_off = self._guests.powered_off(instance)
         if powered_off and self._config.guest.on_poweroff == "terminate":
             changes = {"status": Status.STOPPING}
@@ -143,12 +144,12 @@ class Steps:
         await self._hypervisor.stop(instance.domain_uuid)
         return await self._cards.clean_gpus(instance)
 
-    async def _there(self, instance: Instance) -> bool:
-        """Whether its domain is there, if only paused: then it has its memory, and is not replaced."""
+    async def _there(self, instance: Instance) -> Domain | None:
+        """Its domain, if only paused: then it has its memory, and is not replaced."""
         domain = await self._hypervisor.find(instance.domain_uuid)
         if domain is not None:
             await self._guests.see(domain, instance)
-        return domain is not None
+        return domain
 
     def _now_running(self, instance: Instance) -> Outcome:
         if instance.running_at is not None:

@@ -154,6 +154,8 @@ class Guest:
         self.name = self.xml.findtext("name", "")
         self.uuid = UUID(self.xml.findtext("uuid") or str(uuid4()))
         self.state = libvirt.VIR_DOMAIN_RUNNING
+        self.reason = 0
+        self.disk_full = False
         self.console = Port()
         self.channels = {
             target.get("name", ""): Port()
@@ -192,6 +194,28 @@ class Guest:
         self._daemon.remove(self.uuid, libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN)
         self._daemon.tell()
 
+    def cannot_write(self) -> None:
+        """QEMU pauses it, until it can write again and somebody resumes it."""
+        self.disk_full = True
+        self.state = libvirt.VIR_DOMAIN_PAUSED
+        self.reason = libvirt.VIR_DOMAIN_PAUSED_IOERROR
+
+    def goes_on(self) -> None:
+        if self.state != libvirt.VIR_DOMAIN_PAUSED:
+            raise error("domain is already running", libvirt.VIR_ERR_OPERATION_INVALID)
+        if not self.disk_full:
+            self.state, self.reason = libvirt.VIR_DOMAIN_RUNNING, 0
+
+    def unplug(self, function: str) -> None:
+        """A passed-through function, such as ``0x01:0x00.0x0``, is pulled out."""
+        devices = self.xml.find("devices")
+        assert devices is not None
+        for hostdev in devices.findall("hostdev"):
+            address = hostdev.find("source/address")
+            assert address is not None
+            if function == "{bus}:{slot}.{function}".format(**address.attrib):
+                devices.remove(hostdev)
+
     def hang_up(self) -> None:
         for port in self.ports():
             port.hang_up()
@@ -219,7 +243,12 @@ class DomainHandle:
 
     @api
     def state(self) -> list[int]:
-        return [self._here().state, 0]
+        return [self._here().state, self._guest.reason]
+
+    @api
+    def resume(self) -> int:
+        self._here().goes_on()
+        return 0
 
     @api
     def XMLDesc(self) -> str:

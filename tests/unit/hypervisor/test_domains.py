@@ -198,10 +198,29 @@ def test_who_has_which_device_of_the_host_is_listed(
 
     ended = libvirt_error("Domain not found", libvirt.VIR_ERR_NO_DOMAIN)
     assert domains.passed(listing(ended)) == {}
+    locked = libvirt_error("cannot acquire lock", libvirt.VIR_ERR_OPERATION_TIMEOUT)
     with pytest.raises(libvirt.libvirtError, match="acquire lock"):
-        domains.passed(
-            listing(libvirt_error("cannot acquire lock", libvirt.VIR_ERR_OPERATION_TIMEOUT))
-        )
+        domains.passed(listing(locked))
+
+
+def test_a_resume_is_safe_to_repeat_and_of_a_guest_that_is_gone(
+    plain_connection: libvirt.virConnect, faulty: Faulty, libvirt_error: MakeError
+) -> None:
+    domains.resume(plain_connection, UUID_1)
+    domains.start(plain_connection, UUID_1, xml_of())
+    domain = plain_connection.lookupByUUIDString(str(UUID_1))
+    domain.suspend()
+    paused = domains.find(plain_connection, UUID_1)
+    assert paused is not None
+    assert (paused.state, paused.io_error) == (DomainState.PAUSED, False)
+    domains.resume(plain_connection, UUID_1)
+    assert domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+    # What QEMU's driver says of one that runs; the test driver has no code for it.
+    running = libvirt_error("domain is already running", libvirt.VIR_ERR_OPERATION_INVALID)
+    domains.resume(lookup_giving(plain_connection, faulty, resume=raiser(running)), UUID_1)
+    locked = libvirt_error("cannot acquire lock", libvirt.VIR_ERR_OPERATION_TIMEOUT)
+    with pytest.raises(libvirt.libvirtError, match="acquire lock"):
+        domains.resume(lookup_giving(plain_connection, faulty, resume=raiser(locked)), UUID_1)
 
 
 def test_state_unknown_to_us_is_called_so(

@@ -373,6 +373,15 @@ async def test_a_card_that_somebody_elses_domain_took_meanwhile_is_not_reset(
         await gpud.cleaner.release(GPU)
 
 
+async def test_a_card_that_was_pulled_out_and_put_back_between_two_looks_is_missed(
+    gpud: Gpud, libvirtd: LibvirtDaemon
+) -> None:
+    instance = await gpud.running()
+    libvirtd.guests[instance.domain_uuid].unplug("0x01:0x00.0x0")
+    gpud.worker.wake(instance.upstream_id)
+    assert "no longer: 0000:01:00.0" in await why_it_failed(gpud, instance)
+
+
 async def test_a_start_that_comes_through_behind_the_stop_is_ended_before_its_card_is_reset(
     start_gpud: StartGpud, kernel: FakeKernel, libvirtd: LibvirtDaemon
 ) -> None:

@@ -396,3 +396,38 @@ async def test_a_paused_guest_is_told_of_once_and_so_is_that_it_goes_on(
     assert await seen() == ["paused", "resumed", "paused"]
     assert list(libvirtd.guests.values()) == [guest]
     await gpud.deleted(instance)
+
+
+async def test_a_guest_whose_disk_was_full_is_resumed_when_there_is_room_again(
+    start_gpud: StartGpud, libvirtd: LibvirtDaemon
+) -> None:
+    gpud = await start_gpud()
+    instance = await gpud.running()
+    guest = libvirtd.guests[instance.domain_uuid]
+
+    async def look() -> None:
+        await gpud.steps.functions()[Step.RUNNING](gpud.store.live[instance.upstream_id])
+
+    guest.cannot_write()
+    await look()
+    assert guest.state == libvirt.VIR_DOMAIN_PAUSED
+    guest.disk_full = False
+    await look()
+    assert guest.state == libvirt.VIR_DOMAIN_RUNNING
+    await look()
+    events = await gpud.store.events(instance.upstream_id)
+    assert [event.became for event in events][-2:] == ["paused", "resumed"]
+    await gpud.deleted(instance)
+
+
+async def test_a_guest_that_the_operator_has_paused_stays_so(
+    start_gpud: StartGpud, libvirtd: LibvirtDaemon
+) -> None:
+    gpud = await start_gpud()
+    instance = await gpud.running()
+    guest = libvirtd.guests[instance.domain_uuid]
+    guest.state = libvirt.VIR_DOMAIN_PAUSED
+    for _ in range(2):
+        await gpud.steps.functions()[Step.RUNNING](gpud.store.live[instance.upstream_id])
+    assert guest.state == libvirt.VIR_DOMAIN_PAUSED
+    await gpud.deleted(instance)
