@@ -98,7 +98,7 @@ def _driver(sysfs: Sysfs) -> Iterator[Obstacle]:
     if not sysfs.exists(DRIVERS / VFIO_PCI):
         yield Obstacle(
             "the driver vfio-pci is not loaded",
-            "modprobe vfio-pci, and name it in /etc/modules-load.d/ for the next boot",
+            "gpud setup has it loaded, now and at each boot",
         )
 
 

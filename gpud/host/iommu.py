@@ -62,7 +62,7 @@ def obstacles(iommu: IommuFacts) -> Iterator[Obstacle]:
     if not iommu.present:
         yield Obstacle(
             "the IOMMU is off",
-            "turn on VT-d or AMD-Vi in the firmware, and boot an Intel server with intel_iommu=on",
+            "turn on VT-d or AMD-Vi in the firmware; gpud setup has Linux use it (intel_iommu=on)",
         )
     elif not iommu.interrupt_remapping:
         made_up = ", and allow_unsafe_interrupts=1 must not make up for it"

@@ -87,7 +87,7 @@ def test_a_missing_vfio_pci_is_told(kernel: FakeKernel) -> None:
     kernel.remove_driver("vfio-pci")
 
     (only,) = blocked(kernel)
-    assert "modprobe vfio-pci" in only
+    assert "gpud setup" in only
 
 
 # -- the functions ---------------------------------------------------------------------------------
