@@ -13,6 +13,7 @@ from gpud.guest.image import Image, ImageStore
 from gpud.offers import shapes
 
 _IMAGE: Final = Check(Group.IMAGES, "guest.image")
+_SEAL: Final = Check(Group.IMAGES, "seal")
 _DISK: Final = Check(Group.IMAGES, "disk")
 _CHECK_S: Final = 20.0
 """For the tables of an image; those of a large one are read in a second or two."""
@@ -40,7 +41,16 @@ async def image(config: Config, limit_s: float = _CHECK_S) -> list[Verdict]:
         )
     else:
         said = _IMAGE.ok(f"{name}, {found.digest[:19]}, as it was when it was added")
-    return [said, _fits(config, found)]
+    return [said, _sealed(name, found), _fits(config, found)]
+
+
+def _sealed(name: str, found: Image) -> Verdict:
+    if found.sealed:
+        return _SEAL.ok("it was found fit to be cloned when it was added")
+    return _SEAL.warning(
+        "nobody looked whether it is fit to be cloned: guests may share host keys and a machine-id",
+        f"gpud image check {found.path}; if it is, gpud image add {found.path} --name {name}",
+    )
 
 
 def _fits(config: Config, found: Image) -> Verdict:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -23,7 +22,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -31,51 +30,19 @@ import structlog
 
 from gpud.config import IMAGE_NAME
 from gpud.errors import Code, GpudError
-from gpud.guest import copying, intake
+from gpud.guest import copying, imagerecord, intake
 from gpud.guest.copying import Progress
-from gpud.guest.durable import TEMPORARY_SUFFIX, commit, replacing, sync
-from gpud.guest.intake import Candidate
+from gpud.guest.durable import TEMPORARY_SUFFIX, commit, sync
+from gpud.guest.imagerecord import Image, Record
+from gpud.guest.intake import Candidate, Judge
 
 _DIGEST: Final = re.compile(r"sha256:([0-9a-f]{64})")
 _IMAGE_FILE: Final = re.compile(r"sha256-([0-9a-f]{64})\.qcow2")
 _INCOMING: Final = ".incoming-"
 
+__all__ = ["Image", "ImageStore"]
+
 _log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """A base image as it stands in the store.
-
-    Attributes:
-        digest: ``sha256:`` and 64 hex digits: its content.
-        path: Its file.
-        names: What it is called; empty once another image took over its last name.
-        size_bytes: Size of the file.
-        virtual_size_bytes: Size of the disk in it; an instance's disk is never smaller.
-        added_at: Seconds since the epoch.
-        in_use_by: How many instances stand on it.
-        fault: Why it cannot be used; empty for a sound image.
-    """
-
-    digest: str
-    path: Path
-    names: tuple[str, ...]
-    size_bytes: int
-    virtual_size_bytes: int
-    added_at: float
-    in_use_by: int
-    fault: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Record:
-    """The sidecar: what the file was when it was found good."""
-
-    size_bytes: int
-    mtime_ns: int
-    virtual_size_bytes: int
-    added_at: float
 
 
 class ImageStore:
@@ -98,6 +65,7 @@ class ImageStore:
         name: str,
         expected_sha256: str | None = None,
         progress: Progress | None = None,
+        judge: Judge | None = None,
     ) -> Image:
         """Bring an image in under a name; nothing of it is visible before it is found good.
 
@@ -109,6 +77,8 @@ class ImageStore:
             name: What to call it.
             expected_sha256: SHA-256 (hex) of ``source`` as its publisher states it.
             progress: Told of the bytes copied and their total.
+            judge: Looks at the copy, and raises what forbids to clone it. Without one nobody knows
+                whether the image is sealed.
 
         Raises:
             GpudError: ``image_invalid`` for an unusable image, name or checksum; ``state_unusable``
@@ -120,7 +90,7 @@ class ImageStore:
             self._make_directories()
             self.sweep()
             async with self._incoming() as incoming:
-                candidate = await intake.take_in(source, incoming, expected_sha256, progress)
+                candidate = await intake.take_in(source, incoming, expected_sha256, progress, judge)
                 return await asyncio.to_thread(self._publish, candidate, name)
 
     def list(self) -> tuple[Image, ...]:
@@ -165,9 +135,10 @@ class ImageStore:
                     "add it again from its source; guests that stand on it may be damaged too",
                 )
             if image.fault:
-                virtual_size_bytes = await intake.examine(image.path)
+                size_bytes = await intake.examine(image.path)
+                intact = Candidate(image.path, image.digest, size_bytes, image.sealed)
                 with self._locked():
-                    self._write_record(image.digest, image.path, virtual_size_bytes)
+                    self._write_record(image.path, intact)
             return self.resolve(image.digest)
 
     def remove(self, name_or_digest: str) -> None:
@@ -191,7 +162,7 @@ class ImageStore:
                 (self._by_name / name).unlink()
             if last:
                 image.path.unlink(missing_ok=True)
-                _record_path(image.path).unlink(missing_ok=True)
+                imagerecord.path_of(image.path).unlink(missing_ok=True)
                 sync(self._root)
 
     def sweep(self) -> None:
@@ -222,10 +193,13 @@ class ImageStore:
         digest = f"sha256:{candidate.sha256}"
         path = self._path(digest)
         with self._locked():
-            if self._load(digest).fault:  # not there yet, or damaged
+            there = self._load(digest)
+            if there.fault:  # not there yet, or damaged
                 candidate.file.chmod(0o444)  # QEMU runs as another user
-                self._write_record(digest, candidate.file, candidate.virtual_size_bytes)
+                self._write_record(path, candidate)
                 commit(candidate.file, path)
+            elif candidate.sealed and not there.sealed:
+                self._write_record(path, replace(candidate, file=path))
             previous = self._names().get(name)
             if previous not in {None, digest}:
                 _log.info("image name moved", name=name, digest=digest, previous=previous)
@@ -241,18 +215,10 @@ class ImageStore:
         try:
             found = path.stat()
         except FileNotFoundError:
-            return Image(digest, path, names, 0, 0, 0, 0, "its file is missing")
-        record = _read_record(path)
-        if record is None:
-            fault, record = "its record is missing or unreadable", _Record(0, 0, 0, 0)
-        elif found.st_size != record.size_bytes:
-            fault = (
-                f"its file has {found.st_size} bytes, not {record.size_bytes} as when it was added"
-            )
-        elif found.st_mtime_ns != record.mtime_ns:
-            fault = "its file was written to after it was added"
-        else:
-            fault = ""
+            return Image(digest, path, names, 0, 0, 0, 0, fault="its file is missing")
+        record = imagerecord.read(path)
+        fault = "its record is missing or unreadable" if record is None else record.differs(found)
+        record = record or Record(0, 0, 0, 0)
         return Image(
             digest=digest,
             path=path,
@@ -261,14 +227,17 @@ class ImageStore:
             virtual_size_bytes=record.virtual_size_bytes,
             added_at=record.added_at,
             in_use_by=found.st_nlink - 1,
+            sealed=record.sealed,
             fault=fault,
         )
 
-    def _write_record(self, digest: str, file: Path, virtual_size_bytes: int) -> None:
-        found = file.stat()
-        record = _Record(found.st_size, found.st_mtime_ns, virtual_size_bytes, self._clock())
-        with replacing(_record_path(self._path(digest)), mode=0o644) as stream:
-            stream.write(json.dumps(asdict(record)).encode())
+    def _write_record(self, path: Path, candidate: Candidate) -> None:
+        found = candidate.file.stat()
+        record = Record(
+            found.st_size, found.st_mtime_ns, candidate.virtual_size_bytes, self._clock(),
+            candidate.sealed,
+        )  # fmt: skip
+        imagerecord.write(path, record)
 
     def _names(self) -> dict[str, str]:
         if not self._by_name.is_dir():
@@ -342,17 +311,6 @@ def _remove_unless_locked(directory: Path) -> None:
 
 def _is_lone_record(path: Path) -> bool:
     return path.suffix == ".json" and not path.with_suffix(".qcow2").exists()
-
-
-def _record_path(image_path: Path) -> Path:
-    return image_path.with_suffix(".json")
-
-
-def _read_record(image_path: Path) -> _Record | None:
-    try:
-        return _Record(**json.loads(_record_path(image_path).read_bytes()))
-    except (FileNotFoundError, ValueError, TypeError):
-        return None
 
 
 def _invalid(detail: str, hint: str = "") -> GpudError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from gpud.errors import Code, GpudError
 from gpud.guest import copying, qcow2
 from gpud.guest.copying import Progress
 from gpud.guest.durable import sync
+
+Judge = Callable[[Path], Awaitable[object]]
+"""Looks at an image, and raises what forbids to clone it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,15 +23,21 @@ class Candidate:
         file: Our own copy.
         sha256: Of that copy, in hex.
         virtual_size_bytes: Size of the disk in it.
+        sealed: Whether it was found fit to be cloned.
     """
 
     file: Path
     sha256: str
     virtual_size_bytes: int
+    sealed: bool = False
 
 
 async def take_in(
-    source: Path, directory: Path, expected_sha256: str | None, progress: Progress | None
+    source: Path,
+    directory: Path,
+    expected_sha256: str | None = None,
+    progress: Progress | None = None,
+    judge: Judge | None = None,
 ) -> Candidate:
     """Copy an image, and judge the copy: nobody else can change that between check and use.
 
@@ -36,6 +46,7 @@ async def take_in(
         directory: An empty directory of ours, for the copy.
         expected_sha256: SHA-256 (hex) that ``source`` must have.
         progress: Told of the bytes copied and their total.
+        judge: Looks into the copy.
 
     Raises:
         GpudError: ``image_invalid``: it is unusable, and why.
@@ -51,10 +62,13 @@ async def take_in(
             )
         if qcow2.judge(copy) is qcow2.Format.RAW:
             copy, sha256 = await _convert(copy, directory / "converted")
-        return Candidate(copy, sha256, await examine(copy))
+        candidate = Candidate(copy, sha256, await examine(copy), sealed=judge is not None)
+        if judge is not None:
+            await judge(copy)
     except GpudError as error:
         detail = f"{source} is not usable as a base image: {error.detail}"
-        raise GpudError(error.code, detail, hint=error.hint) from error
+        raise GpudError(error.code, detail, hint=error.hint, problems=error.problems) from error
+    return candidate
 
 
 async def examine(file: Path) -> int:

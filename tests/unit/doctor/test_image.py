@@ -30,9 +30,13 @@ async def config(tmp_path: Path, qemu_img: QemuImg) -> Config:
     assert not qemu_img.faults
     source = tmp_path / "source.qcow2"
     source.write_bytes(base_image(200 * 2**30))
-    await ImageStore(tmp_path / "images").add(source, "base")
+    await ImageStore(tmp_path / "images").add(source, "base", judge=fit)
     big = offer(per_gpu={"cpu_cores": 1, "memory_gib": 1, "storage_gib": 200})
     return make_config(tmp_path, offers=[big])
+
+
+async def fit(_: Path) -> None:
+    """Finds any image fit to be cloned."""
 
 
 def file_of(config: Config) -> Path:
@@ -43,6 +47,21 @@ async def test_a_sound_image_that_fits_is_well(config: Config) -> None:
     found = await image(config)
     assert {one.level for one in found} == {Level.OK}
     assert named(found, "disk")[1] == "the image has 200.0 GiB, no more than is sold"
+
+
+async def test_an_image_that_nobody_looked_into_is_a_warning(config: Config) -> None:
+    store = ImageStore(config.state_dir / "images")
+    path = store.resolve("base").path
+    source = path.with_name("again")
+    source.write_bytes(path.read_bytes())
+    store.remove("base")
+    await store.add(source, "base")
+
+    found, what, mend = named(await image(config), "seal")
+
+    assert found is Level.WARNING
+    assert "nobody looked" in what
+    assert mend.startswith(f"gpud image check {path}")
 
 
 async def test_a_missing_image_is_to_be_added(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import stat
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from gpud import command
-from gpud.errors import Code, GpudError
+from gpud.errors import Code, GpudError, Problem
 from gpud.guest import copying, intake
 from gpud.guest.image import Image, ImageStore
 
@@ -219,6 +220,71 @@ class TestAdd:
 
         assert "No space left" in await refusal(store, make_image("s"), Code.STATE_UNUSABLE)
         assert names(root) == {".lock", "by-name"}
+
+
+class TestJudge:
+    async def test_what_passed_a_judge_is_sealed_and_the_judge_sees_our_copy(
+        self, store: ImageStore, root: Path, make_image: MakeImage
+    ) -> None:
+        seen: list[Path] = []
+
+        async def judge(copy: Path) -> None:
+            seen.append(copy)
+
+        image = await store.add(make_image("source"), "base", judge=judge)
+
+        assert image.sealed
+        assert store.resolve("base").sealed
+        assert [copy.is_relative_to(root) for copy in seen] == [True]
+
+    async def test_what_nobody_looked_at_becomes_sealed_by_being_added_again(
+        self, store: ImageStore, make_image: MakeImage
+    ) -> None:
+        source = make_image("source")
+
+        async def judge(_: Path) -> None:
+            pass
+
+        assert not (await store.add(source, "base")).sealed
+        assert (await store.add(source, "base", judge=judge)).sealed
+        assert (await store.add(source, "base")).sealed
+
+    async def test_a_refusal_names_the_source_and_leaves_nothing(
+        self, store: ImageStore, root: Path, make_image: MakeImage
+    ) -> None:
+        async def judge(_: Path) -> None:
+            problem = Problem("SSH host keys", "there are some")
+            raise GpudError(Code.IMAGE_INVALID, "it is not sealed", problems=[problem])
+
+        source = make_image("source")
+        with pytest.raises(GpudError, match="it is not sealed") as caught:
+            await store.add(source, "base", judge=judge)
+
+        assert f"{source} is not usable" in str(caught.value)
+        assert "SSH host keys: there are some" in str(caught.value)
+        assert names(root) == {".lock", "by-name"}
+
+    async def test_records_from_before_anybody_looked_are_read(
+        self, store: ImageStore, make_image: MakeImage
+    ) -> None:
+        image = await store.add(make_image("source"), "base")
+        sidecar = image.path.with_suffix(".json")
+        record = json.loads(sidecar.read_bytes())
+        del record["sealed"]
+        sidecar.write_text(json.dumps(record))
+
+        assert store.resolve("base") == image
+
+    async def test_a_verified_image_keeps_its_seal(
+        self, store: ImageStore, make_image: MakeImage
+    ) -> None:
+        async def judge(_: Path) -> None:
+            pass
+
+        image = await store.add(make_image("source"), "base", judge=judge)
+        os.utime(image.path, ns=(0, 0))
+
+        assert (await store.verify("base")).sealed
 
 
 class TestInterruption:
