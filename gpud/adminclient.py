@@ -12,7 +12,7 @@ from urllib.parse import quote, urlencode
 
 import aiohttp
 
-from gpud.errors import Code, GpudError
+from gpud.errors import Code, GpudError, Problem
 
 _POLL_S = 1.0
 
@@ -85,9 +85,14 @@ def events_path(wanted: Mapping[str, str]) -> str:
     return f"/events?{urlencode(wanted)}"
 
 
+def instance_path(instance_id: str, act: str = "") -> str:
+    """The path of an instance, or of an act on it."""
+    return f"/instances/{quote(instance_id, safe='')}" + (f"/{act}" if act else "")
+
+
 def console_path(instance_id: str, *, follow: bool) -> str:
     """The path of an instance's console."""
-    return f"/instances/{quote(instance_id, safe='')}/console" + ("?follow=1" if follow else "")
+    return instance_path(instance_id, "console") + ("?follow=1" if follow else "")
 
 
 def gpu_path(address: str, act: str) -> str:
@@ -142,6 +147,8 @@ async def _asked(
 async def _refusal(response: aiohttp.ClientResponse) -> GpudError:
     try:
         body = await response.json(content_type=None)
-        return GpudError(Code(body["code"]), body["detail"], hint=body["hint"])
+        code, detail, hint = Code(body["code"]), body["detail"], body["hint"]
+        problems = [Problem(p["field"], p["detail"], p["hint"]) for p in body.get("errors", ())]
+        return GpudError(code, detail, hint=hint, problems=problems)
     except (ValueError, KeyError, TypeError):
         return GpudError(Code.INTERNAL, f"the daemon answered {response.status}; see its log")

@@ -6,17 +6,16 @@ import sqlite3
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from gpud.history import History
+from gpud.drains import Drains
 from gpud.model import Instance, KnownCard, PciAddress, Quarantine
 from gpud.schema import drivers_json, known_card_from, known_card_row, quarantine_from
 
 
-class CardRecord(History):
+class CardRecord(Drains):
     """Base of the store: the cards. The mappings are replaced after a commit, never changed in place."""
 
     def __init__(self, connection: sqlite3.Connection, clock: Callable[[], float]) -> None:
         super().__init__(connection, clock)
-        self._cards_changed = False
         self._known_cards: Mapping[PciAddress, KnownCard] = {}
         self._quarantines: Mapping[PciAddress, Quarantine] = {}
         self._resets_begun: Mapping[PciAddress, str] = {}
@@ -41,8 +40,8 @@ class CardRecord(History):
         await self._change(lambda: self._remember_card(card))
 
     async def forget_card(self, address: PciAddress) -> bool:
-        """Forget what was learned of the card at ``address``; False when nothing was known."""
-        return await self._change(lambda: self._delete("known_card", address))
+        """Forget the card at ``address``, its drain too; False when nothing was known."""
+        return await self._change(lambda: self._forget_card(address))
 
     async def quarantine(self, address: PciAddress, reason: str) -> None:
         """Sell the card no more, because the operator says so."""
@@ -68,6 +67,10 @@ class CardRecord(History):
         query = "INSERT OR REPLACE INTO known_card VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
         self._connection.execute(query, known_card_row(card))
         self._cards_changed = True
+
+    def _forget_card(self, address: PciAddress) -> bool:
+        undrained = self._undrain(address, "the card was taken out")
+        return self._delete("known_card", address) or undrained
 
     def _quarantine_cards_of(self, instance: Instance, reasons: Mapping[PciAddress, str]) -> None:
         for gpu in instance.grant.gpus:
@@ -118,4 +121,5 @@ class CardRecord(History):
         self._quarantines = {one.address: one for one in quarantines}
         begun = rows("SELECT gpu, boot_id FROM reset_begun")
         self._resets_begun = {PciAddress.parse(row["gpu"]): row["boot_id"] for row in begun}
+        self._load_drains()
         self._cards_changed = False

@@ -12,11 +12,13 @@ import structlog
 
 from gpud import offers
 from gpud.allocator import Shortage
+from gpud.bottleneck import bottleneck
 from gpud.config import Config
 from gpud.errors import Code, GpudError
 from gpud.guest.image import ImageStore
 from gpud.inventory import Inventory
-from gpud.model import Grant, Instance, Order, Status
+from gpud.inventory.reasons import drained
+from gpud.model import Grant, Host, Instance, Order, Status
 from gpud.offers import NoCapacity, Offering
 from gpud.store import Store
 from gpud.telemetry import Metrics
@@ -82,18 +84,49 @@ class OrderDesk:
         self._cached_for: object = None
         self._cached = b""
 
+    def reconfigure(self, config: Config) -> None:
+        """Sell by ``config`` from now on; what was sold before stays as it was granted."""
+        self._config = config
+        self._cached_for = None
+
     def offerings(self) -> list[Offering]:
         """Every shape and tier on offer, also those with nothing available, with how many there are.
 
-        Nothing is available while libvirt is away, the guest image is missing, the record cannot be
-        written, or it is one from a backup that the operator has not checked.
+        Nothing is available while anything of :meth:`closed` holds.
         """
-        host = self._inventory.host
-        all_offerings = offers.offerings(self._config, host, self._grants())
-        recordable = self._recordable() and not self._store.restored
-        if recordable and self._hypervisor_up() and self._image_usable():
-            return all_offerings
-        return [replace(one, available_count=0, stock_status="Low") for one in all_offerings]
+        return self._offerings(self._inventory.host, self._grants(), self.closed())
+
+    def closed(self) -> list[str]:
+        """Why nothing at all is for sale now, in words for the operator; empty when it may be."""
+        why = []
+        if self._store.restored:
+            why.append("the state is from a backup (after a look: gpud check --repair)")
+        if not self._recordable():
+            why.append("an order could not be recorded within the last minute (see df and dmesg)")
+        if not self._hypervisor_up():
+            why.append("libvirt does not answer (virsh list; systemctl restart libvirtd)")
+        if (fault := self._image_fault()) is not None:
+            why.append(f"the guest image cannot be used: {fault}")
+        if self._inventory.view == 0:
+            why.append(f"the host cannot be read: {self._inventory.problem}")
+        if (drain := self._store.drains.get(None)) is not None:
+            why.append(str(drained(drain)))
+        return why
+
+    def explained(self) -> list[tuple[Offering, str]]:
+        """The offerings, each with why none of it is available, for the operator; empty if one is."""
+        host, grants, cards, closed = (
+            self._inventory.host, self._grants(), self._inventory.cards, self.closed(),
+        )  # fmt: skip
+        short = {
+            (shape.gpu_type, shape.gpu_count): bottleneck(offer, shape, host, grants, cards)
+            for offer in self._config.offers
+            for shape in offers.shapes(offer)
+        }
+        return [
+            (one, "; ".join(closed) or short[one.gpu_type, one.gpu_count])
+            for one in self._offerings(host, grants, closed)
+        ]
 
     def available_json(self) -> bytes:
         """Body of ``GET /v1/gpu/available``: what can be provisioned right now. Remembered until
@@ -147,23 +180,32 @@ class OrderDesk:
                 "the hypervisor does not answer at the moment",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        offers.check_offered(self._config, order)
+        config = self._config  # a reload may put another in its place meanwhile
+        offers.check_offered(config, order)
         try:
-            image = self._images.resolve(self._config.guest.image)
+            image = self._images.resolve(config.guest.image)
         except GpudError as error:
             _log.error("order refused: the guest image cannot be used", error=str(error))
             raise GpudError(Code.NO_CAPACITY, "this server has no usable guest image") from error
-        return offers.grant(self._config, self._inventory.host, grants, order, image.digest)
+        return offers.grant(config, self._inventory.host, grants, order, image.digest)
 
     def _recordable(self) -> bool:
         return self._monotonic() - self._unrecorded_at >= _UNRECORDED_S
 
-    def _image_usable(self) -> bool:
+    def _image_fault(self) -> str | None:
         try:
             self._images.resolve(self._config.guest.image)
-        except GpudError:
-            return False
-        return True
+        except GpudError as error:
+            return str(error)
+        return None
+
+    def _offerings(
+        self, host: Host, grants: Sequence[Grant], closed: Sequence[str]
+    ) -> list[Offering]:
+        found = offers.offerings(self._config, host, grants)
+        if not closed:
+            return found
+        return [replace(one, available_count=0, stock_status="Low") for one in found]
 
     def _grants(self) -> list[Grant]:
         return [instance.grant for instance in self._store.live.values()]

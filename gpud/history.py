@@ -114,6 +114,20 @@ class History:
         rows = await self._run(lambda: self._connection.execute(query).fetchall())
         return [tuple(row) for row in rows]
 
+    async def runs_since(self, since: float) -> list[tuple[str, float, float | None]]:
+        """Of each instance that runs, or has ended since a moment after it ran: cost per hour, since
+        when, and until when it was the caller's; None where it still is.
+        """  # noqa: D205 - one sentence
+        query = (
+            "SELECT cost_per_hour, running_at, delete_requested_at FROM instance"
+            " WHERE step != 'ended' AND running_at IS NOT NULL"
+            " UNION ALL SELECT cost_per_hour, running_at,"
+            " min(ended_at, coalesce(delete_requested_at, ended_at)) FROM instance"
+            " WHERE ended_at >= ? AND running_at IS NOT NULL"
+        )
+        rows = await self._run(lambda: self._connection.execute(query, (since,)).fetchall())
+        return [tuple(row) for row in rows]
+
     async def keep_short(self, days: float) -> None:
         """Forget old events now and every day, for as long as the daemon lives."""
         while True:

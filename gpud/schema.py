@@ -141,6 +141,16 @@ MIGRATIONS: Final = (
     -- The newest instances are found without sorting every one there ever was.
     CREATE INDEX instance_created ON instance (created_at);
     """,
+    """
+    -- What gets no new orders: a card by its address, or the whole server by an empty one.
+    CREATE TABLE drain (
+        gpu    TEXT PRIMARY KEY,
+        since  REAL NOT NULL,
+        reason TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    -- What ended today is found without reading all that ever did.
+    CREATE INDEX instance_ended ON instance (ended_at) WHERE ended_at IS NOT NULL;
+    """,
 )
 
 RESTORED: Final = "restored"

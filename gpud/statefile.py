@@ -20,6 +20,7 @@ UNREADABLE: Final = (
 )  # fmt: skip
 """What comes of a column that does not hold what gpud writes there."""
 
+_RETRY_AFTER_S: Final = 30
 _PATIENCE = "busy_timeout = 5000"
 _PRAGMAS = (
     _PATIENCE,
@@ -140,6 +141,16 @@ def unusable(path: Path, fault: Exception | str) -> GpudError:
         hint=_MENDS.get(
             (code or 0) & 0xFF, _MENDS_OF_FILES.get(getattr(fault, "errno", 0), _RESTORE)
         ),
+    )
+
+
+def not_written(error: sqlite3.OperationalError) -> GpudError:
+    """What is told of a change that the file system does not take at the moment."""
+    return GpudError(
+        Code.RECORD_UNAVAILABLE,
+        f"the record cannot be written at the moment: {error}",
+        hint="see `df` and dmesg for the file system of state_dir",
+        retry_after_s=_RETRY_AFTER_S,
     )
 
 

@@ -36,7 +36,7 @@ from gpud.model import (
     Step,
 )
 from gpud.schema import COLUMNS, RESTORED, from_row, guest_input_from, guest_input_row, to_row
-from gpud.statefile import STATE_FILE, UNREADABLE, connect, lock, unusable
+from gpud.statefile import STATE_FILE, UNREADABLE, connect, lock, not_written, unusable
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ _UPDATE = (
     " WHERE upstream_id = :upstream_id"
 )
 _RECENT_BOOTS = 20
-_RETRY_AFTER_S = 30
+_BY_CALLER = "the caller asked to terminate it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,9 +185,9 @@ class Store(CardRecord):
 
         return await self._change(work)
 
-    async def request_delete(self, either_id: str) -> Instance | None:
-        """Record that the caller wants the instance gone; None when there never was one."""
-        return await self._change(lambda: self._request_delete(either_id))
+    async def request_delete(self, either_id: str, why: str = _BY_CALLER) -> Instance | None:
+        """Record that the caller, or the operator, wants it gone; None when there never was one."""
+        return await self._change(lambda: self._request_delete(either_id, why))
 
     async def guest_booted(self, upstream_id: str, boot_id: str) -> None:
         """Count a boot in which the guest reported its startup script started; each boot once."""
@@ -227,7 +227,7 @@ class Store(CardRecord):
             if self._connection.in_transaction:  # SQLite itself ends it on a full disk, say
                 self._connection.execute("ROLLBACK")
             if isinstance(error, sqlite3.OperationalError):
-                raise _not_written(error) from error
+                raise not_written(error) from error
             raise
         self._publish(loop)
         return result
@@ -352,7 +352,7 @@ class Store(CardRecord):
                 self._connection.execute(query, (read.upstream_id,))
         return self._put(current, changes, why)
 
-    def _request_delete(self, either_id: str) -> Instance | None:
+    def _request_delete(self, either_id: str, why: str) -> Instance | None:
         found = self._find(either_id)
         if found is None or found.delete_requested_at is not None:
             return found
@@ -360,7 +360,7 @@ class Store(CardRecord):
         changes: dict[str, Any] = {"delete_requested_at": self._clock()}
         if status in LEGAL_STATUS[found.status]:
             changes["status"] = status
-        return self._put(found, changes, "the caller asked to terminate it")
+        return self._put(found, changes, why)
 
     def _guest_booted(self, upstream_id: str, boot_id: str) -> None:
         current = self._live.get(upstream_id)
@@ -384,15 +384,6 @@ class Store(CardRecord):
         self._note(instance.upstream_id, _place(current), _place(instance), why)
         self._changed[instance.upstream_id] = instance
         return instance
-
-
-def _not_written(error: sqlite3.OperationalError) -> GpudError:
-    return GpudError(
-        Code.RECORD_UNAVAILABLE,
-        f"the record cannot be written at the moment: {error}",
-        hint="see `df` and dmesg for the file system of state_dir",
-        retry_after_s=_RETRY_AFTER_S,
-    )
 
 
 def _place(instance: Instance) -> str:

@@ -12,6 +12,7 @@ from gpud.lifecycle.strays import strays
 from gpud.model import PciAddress
 
 _CLAIMED = frozenset({CardState.IN_USE, CardState.CLEANING, CardState.QUARANTINED})
+_NOT_SOLD = frozenset({CardState.QUARANTINED, CardState.DRAINED, CardState.UNAVAILABLE})
 
 
 def cards(facts: Facts) -> Iterator[Finding]:
@@ -91,14 +92,16 @@ def _quarantined(facts: Facts) -> Iterator[Finding]:
 
 def _told(card: ToldCard, facts: Facts) -> Iterator[Finding]:
     holder = facts.record.gpu_claims.get(card.address)
-    quarantined = card.address in map(str, facts.record.quarantines)
+    record = facts.record
+    kept_back = {*map(str, record.quarantines), *map(str, record.drains)}
+    unsold = None in record.drains or card.address in kept_back
     if holder is not None and card.state not in _CLAIMED:
         yield _contradiction(card.address, f"is {card.state} for the daemon, and {holder} has it")
     elif holder is None and card.state in {CardState.IN_USE, CardState.CLEANING}:
         yield _contradiction(card.address, f"is {card.state} for the daemon, and nobody has it")
-    elif card.state == CardState.AVAILABLE and (quarantined or card.why_not):
+    elif card.state == CardState.AVAILABLE and (unsold or card.why_not):
         yield _contradiction(card.address, "is offered by the daemon, and must not be sold")
-    elif card.state in {CardState.QUARANTINED, CardState.UNAVAILABLE} and not card.why_not:
+    elif card.state in _NOT_SOLD and not card.why_not:
         yield Finding(
             Kind.UNKNOWN,
             f"GPU {card.address}",

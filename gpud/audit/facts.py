@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from gpud.config import Config
+from gpud.drains import Drain
 from gpud.host.capacity import Capacity
 from gpud.hypervisor.domains import Domain
 from gpud.hypervisor.networkxml import Lease
@@ -51,6 +52,7 @@ class Record:
         gpu_claims: The instance that each claimed GPU is claimed for.
         address_claims: Likewise of addresses.
         guest_inputs: Instances of which keys and script are kept.
+        drains: By address; the whole server's under None.
         noted: The driver that each PCI function had when gpud last took it in this boot of the server.
     """
 
@@ -61,6 +63,7 @@ class Record:
     address_claims: Mapping[str, str] = field(default_factory=dict)
     guest_inputs: frozenset[str] = frozenset()
     quarantines: Mapping[PciAddress, Quarantine] = field(default_factory=dict)
+    drains: Mapping[PciAddress | None, Drain] = field(default_factory=dict)
     noted: Mapping[PciAddress, str] = field(default_factory=dict)
 
 

@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Iterable
 
 from gpud.audit.facts import Record
+from gpud.drains import drain_from
 from gpud.lifecycle.strays import noted_drivers
 from gpud.model import Status, Step
 from gpud.schema import from_row, quarantine_from
@@ -33,6 +34,7 @@ def read_record(connection: sqlite3.Connection, boot_id: str) -> Record:
             (Step.ENDED.value, Status.ERROR.value),
         )
         quarantines = map(quarantine_from, rows("SELECT * FROM quarantine"))
+        drains = map(drain_from, rows("SELECT * FROM drain"))
         return Record(
             owner=rows("SELECT value FROM meta WHERE key = 'owner'").fetchone()[0],
             live={instance.upstream_id: instance for instance in live},
@@ -41,6 +43,7 @@ def read_record(connection: sqlite3.Connection, boot_id: str) -> Record:
             address_claims=dict(map(tuple, rows("SELECT address, upstream_id FROM address_claim"))),
             guest_inputs=_ids(rows("SELECT upstream_id FROM guest_input")),
             quarantines={one.address: one for one in quarantines},
+            drains={one.address: one for one in drains},
             noted=noted_drivers(map(from_row, noting), boot_id),
         )
     finally:

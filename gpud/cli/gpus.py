@@ -7,20 +7,26 @@ from pathlib import Path
 import click
 
 from gpud import adminclient, tables
-from gpud.cli.options import config_option, json_option, socket_of
+from gpud.cli.options import config_option, json_option, present, socket_of, watch_option
 
 
 @click.group(invoke_without_command=True)
 @config_option
 @json_option
+@watch_option
 @click.pass_context
-def gpus(ctx: click.Context, config_file: Path, *, as_json: bool) -> None:
+def gpus(ctx: click.Context, config_file: Path, *, as_json: bool, watch: bool) -> None:
     """List the GPUs, and for each that cannot be sold, why not."""
-    if ctx.invoked_subcommand is None:
-        answer = adminclient.get(socket_of(config_file), "/gpus")
-        tables.show(answer["gpus"], tables.GPUS, "this server has no GPU", as_json=as_json)
-        if not as_json:
-            tables.show_why_not(answer["gpus"])
+    if ctx.invoked_subcommand is not None:
+        return
+    present(
+        lambda: adminclient.get(socket_of(config_file), "/gpus")["gpus"],
+        lambda rows: tables.Listing(
+            rows, tables.GPUS, "this server has no GPU", tables.card_reasons(rows)
+        ),
+        as_json=as_json,
+        watch=watch,
+    )
 
 
 @gpus.command("quarantine")
@@ -52,5 +58,4 @@ def _act_on_gpu(
     config_file: Path, address: str, act: str, body: dict[str, str] | None = None
 ) -> None:
     answer = adminclient.post(socket_of(config_file), adminclient.gpu_path(address, act), body)
-    rows = [answer["gpu"]] if answer["gpu"] else []
-    tables.show(rows, tables.GPUS, f"no GPU is at {address} now", as_json=False)
+    tables.show_gpu(answer["gpu"], address)

@@ -1,4 +1,4 @@
-"""What has been ordered, what is for sale, and what happened."""
+"""What is for sale, what happened, and what guests print."""
 
 from __future__ import annotations
 
@@ -13,18 +13,7 @@ from typing import Any
 import click
 
 from gpud import adminclient, tables
-from gpud.cli.options import config_option, json_option, socket_of
-
-
-@click.command()
-@click.option("--all", "show_ended", is_flag=True, help="Also the newest ended ones.")
-@config_option
-@json_option
-def instances(config_file: Path, *, show_ended: bool, as_json: bool) -> None:
-    """List instances."""
-    path = "/instances?all=1" if show_ended else "/instances"
-    answer = adminclient.get(socket_of(config_file), path)
-    tables.show(answer["instances"], tables.INSTANCES, "no instances", as_json=as_json)
+from gpud.cli.options import config_option, json_option, present, socket_of, watch_option
 
 
 @click.command()
@@ -69,10 +58,17 @@ def events(
 @click.command()
 @config_option
 @json_option
-def offers(config_file: Path, *, as_json: bool) -> None:
-    """List what is on offer, and how much of it could be sold right now."""
-    answer = adminclient.get(socket_of(config_file), "/offers")
-    tables.show(answer["offerings"], tables.OFFERS, "nothing is on offer", as_json=as_json)
+@watch_option
+def offers(config_file: Path, *, as_json: bool, watch: bool) -> None:
+    """List what is on offer, how much of it could be sold right now, and why some could not."""
+    present(
+        lambda: adminclient.get(socket_of(config_file), "/offers")["offerings"],
+        lambda rows: tables.Listing(
+            rows, tables.OFFERS, "nothing is on offer", tables.offer_reasons(rows)
+        ),
+        as_json=as_json,
+        watch=watch,
+    )
 
 
 @click.command()

@@ -8,8 +8,9 @@ from typing import Final
 from gpud.doctor.cardview import CardView
 from gpud.doctor.check import Check, Group, Level, Verdict
 from gpud.host import iommu
-from gpud.host.pci import Bar, PciFunction, memory_bars
-from gpud.host.sysfs import Sysfs, attribute
+from gpud.host.bars import Placement
+from gpud.host.pci import PciFunction
+from gpud.host.sysfs import Sysfs
 from gpud.inventory.card import Reason, Why
 from gpud.model import PciAddress
 
@@ -26,7 +27,17 @@ _BARS: Final = Check(Group.CARDS, "BARs")
 
 REASONS: Final[Mapping[Check, tuple[frozenset[Why], str]]] = {
     _CARDS: (
-        frozenset({Why.GONE, Why.NO_ANSWER, Why.CHANGED, Why.VIRTUAL, Why.NOT_A_TYPE, Why.MEMORY}),
+        frozenset(
+            {
+                Why.GONE,
+                Why.NO_ANSWER,
+                Why.CHANGED,
+                Why.VIRTUAL,
+                Why.NOT_A_TYPE,
+                Why.MEMORY,
+                Why.DRAINED,
+            }
+        ),
         "",
     ),
     _GROUPS: (
@@ -46,14 +57,12 @@ REASONS: Final[Mapping[Check, tuple[frozenset[Why], str]]] = {
 
 _LEVELS: Final = {
     Why.NOT_A_TYPE: Level.NOTE,
+    Why.DRAINED: Level.NOTE,
     Why.QUARANTINED: Level.WARNING,
     Why.PARTNER: Level.WARNING,
 }
 """Of reasons that are no fault: other cards may well be sold."""
 
-_4_GIB: Final = 2**32
-_LARGE_BYTES: Final = 2**28
-"""The window into a card's memory, which has 256 MiB unless it was resized."""
 _WEAK: Final = ("pm",)
 
 
@@ -145,30 +154,17 @@ def power(present: Sequence[PciFunction]) -> Iterator[Verdict]:
 
 def bars(present: Sequence[PciFunction], sysfs: Sysfs) -> Iterator[Verdict]:
     """Whether the windows into cards' memory have addresses, above 4 GiB, and their full size."""
-    found = [(one.address, *window) for one in present for window in _windows(one, sysfs)]
-    lost = [address for address, _, first, _ in found if not first]
-    large = [window for window in found if window[3].size_bytes >= _LARGE_BYTES]
-    low = [at for at, _, first, bar in large if bar.is_64bit and 0 < first < _4_GIB]
-    small = [
-        address
-        for address, index, _, bar in large
-        if bar.size_bytes == _LARGE_BYTES
-        and sysfs.exists(attribute(address, f"resource{index}_resize"))
-    ]
+    placed = Placement.of(present, sysfs)
     above = "turn on Above 4G Decoding (also called 64-bit MMIO) in the firmware"
-    if lost:
-        yield _BARS.fault(f"{_named(lost)}: a BAR has no address", above)
-    if low:
-        yield _BARS.warning(f"{_named(low)}: below 4 GiB, where there is little room", above)
-    if small:
+    if placed.lost:
+        yield _BARS.fault(f"{_named(placed.lost)}: a BAR has no address", above)
+    if placed.low:
+        yield _BARS.warning(f"{_named(placed.low)}: below 4 GiB, where there is little room", above)
+    if placed.small:
         mend = "turn on Resizable BAR in the firmware, with Above 4G Decoding"
-        yield _BARS.note(f"{_named(small)}: 256 MiB, and could be larger", mend)
-    if not (lost or low or small):
+        yield _BARS.note(f"{_named(placed.small)}: 256 MiB, and could be larger", mend)
+    if not (placed.lost or placed.low or placed.small):
         yield _BARS.ok("all have addresses, the large ones above 4 GiB")
-
-
-def _windows(function: PciFunction, sysfs: Sysfs) -> Iterator[tuple[int, int, Bar]]:
-    return memory_bars(sysfs.text(attribute(function.address, "resource")) or "")
 
 
 def _named(addresses: Iterable[PciAddress]) -> str:

@@ -10,7 +10,7 @@ from typing import Final
 
 from cryptography import x509
 
-from gpud.api.web import tls_context
+from gpud.api.tls import tls_context
 from gpud.config import Tls
 from gpud.doctor.account import READ, Account
 from gpud.doctor.check import Check, Group, Verdict
@@ -58,7 +58,7 @@ def validity(chain: list[x509.Certificate], now: datetime) -> Verdict:
     last = min(one.not_valid_after_utc for one in chain)
     first = max(one.not_valid_before_utc for one in chain)
     until = f"{last:%Y-%m-%d %H:%M} UTC"
-    renew = "renew it, then systemctl restart gpud; guests keep running"
+    renew = "renew it; gpud notices by itself within a minute"
     if now >= last:
         return _FILES.fault(f"expired on {until}", renew)
     if now < first:

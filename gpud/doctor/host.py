@@ -49,11 +49,11 @@ def kvm(device: Path, qemu: Account | None, *, emulation: bool) -> Iterator[Verd
     try:
         found = device.stat()
     except OSError:
-        yield _KVM.at(worst, "is not there", "modprobe kvm_intel, on AMD: modprobe kvm_amd")
+        yield _KVM.at(worst, "is not there", "gpud setup loads KVM, now and at each boot")
         return
     mode = stat.S_IMODE(found.st_mode)
     seen = f"{mode:04o} {_user(found.st_uid)}:{_group(found.st_gid)}"
-    as_it_should_be = f"chgrp kvm {device} && chmod 0660 {device}"
+    as_it_should_be = f"chgrp kvm {device} && chmod 0660 {device}; gpud setup does it for good"
     if qemu is not None and not qemu.may(READ | WRITE, found):
         in_group = mode & stat.S_IRGRP and mode & stat.S_IWGRP
         join = f"usermod -aG {_group(found.st_gid)} {qemu.name} && systemctl restart libvirtd"

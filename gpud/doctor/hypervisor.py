@@ -21,7 +21,11 @@ _OLDEST: Final = 9
 def hypervisor(config: Config, found: Survey | GpudError) -> Iterator[Verdict]:
     """Whether libvirt can run what is sold."""
     if isinstance(found, GpudError):
-        mends = ("systemctl enable --now libvirtd", found.hint, "as another user: sudo gpud doctor")
+        mends = (
+            "gpud setup starts it, now and at each boot",
+            found.hint,
+            "as another user: sudo gpud doctor",
+        )
         yield _DAEMON.fault(found.detail, "; ".join(filter(None, mends)))
         return
     yield _DAEMON.ok(f"answers at {config.libvirt.uri}")

@@ -46,5 +46,5 @@ def driver(*, loaded: bool, needed: bool) -> Iterator[Verdict]:
         yield _DRIVER.at(
             Level.FAULT if needed else Level.NOTE,
             "not loaded",
-            "modprobe vfio-pci && echo vfio-pci > /etc/modules-load.d/gpud.conf",
+            "gpud setup has it loaded, now and at each boot",
         )

@@ -8,6 +8,7 @@ from typing import Final
 
 from gpud.config import Config
 from gpud.doctor.check import Check, Group, Verdict
+from gpud.host.hugepages import mounted
 from gpud.model import NumaNode
 from gpud.offers import shapes
 
@@ -58,15 +59,12 @@ def huge_pages(config: Config, nodes: tuple[NumaNode, ...], mounts: str) -> Iter
     if not pool_mib:
         yield _PAGES.fault(
             f"guest.hugepages is {size}, and none of that size is set aside",
-            f"boot Linux with hugepagesz={size} hugepages={_largest_mib(config) * 1024 // size_kib}"
-            " for one guest of the largest kind, and as many more as are to run beside it",
+            "gpud setup counts how many are needed, by NUMA node, and has them set aside",
         )
-    elif not any(_is_of(line, size_kib) for line in mounts.splitlines()):
-        # libvirt looks for a mount of each size (virFileFindHugeTLBFS).
+    elif not mounted(mounts, size_kib):
         yield _PAGES.fault(
             f"no hugetlbfs with pages of {size} is mounted, so libvirt does not find them",
-            f"mkdir -p /dev/hugepages{size} && mount -t hugetlbfs -o pagesize={size} none"
-            f" /dev/hugepages{size}; the same in /etc/fstab; restart libvirtd",
+            "gpud setup has it mounted, now and at each boot",
         )
     else:
         parts = ", ".join(f"node {node.number}: {node.memory_mib // 1024} GiB" for node in nodes)
@@ -75,9 +73,3 @@ def huge_pages(config: Config, nodes: tuple[NumaNode, ...], mounts: str) -> Iter
 
 def _largest_mib(config: Config) -> int:
     return max((one.memory_mib for it in config.offers for one in shapes(it)), default=0)
-
-
-def _is_of(mount: str, size_kib: int) -> bool:
-    """Whether a line of ``/proc/mounts`` is a hugetlbfs of that page size (``pagesize=1024M``)."""
-    fields = mount.split()
-    return fields[2:3] == ["hugetlbfs"] and f"pagesize={size_kib // 1024}M" in fields[3].split(",")

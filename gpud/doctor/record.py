@@ -6,6 +6,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+from gpud.drains import drain_from
 from gpud.inventory.facts import Claim, Record
 from gpud.model import RELEASE_STEPS
 from gpud.schema import from_row, known_card_from, quarantine_from
@@ -30,6 +31,7 @@ def read_record(state_dir: Path) -> Record:
             live = [from_row(row) for row in rows("SELECT * FROM instance WHERE step != 'ended'")]
             known = map(known_card_from, rows("SELECT * FROM known_card"))
             quarantines = map(quarantine_from, rows("SELECT * FROM quarantine"))
+            drains = map(drain_from, rows("SELECT * FROM drain"))
             return Record(
                 known={one.address: one for one in known},
                 quarantines={one.address: one for one in quarantines},
@@ -38,6 +40,7 @@ def read_record(state_dir: Path) -> Record:
                     for instance in live
                     for gpu in instance.grant.gpus
                 },
+                drains={one.address: one for one in drains},
             )
         except (sqlite3.Error, ValueError, TypeError) as error:
             raise unusable(path, f"it holds what this gpud cannot read: {error}") from error

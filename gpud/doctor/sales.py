@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Final
 
 from gpud.allocator import Placement, Shortage, place
 from gpud.config import Config, Offer
 from gpud.doctor.check import Check, Group, Level, Verdict
-from gpud.inventory.card import Card
+from gpud.inventory.card import Card, Why
 from gpud.model import Gpu, Host
 from gpud.offers import shape_of, shapes
 
@@ -56,7 +57,7 @@ def can_be_filled(offer: Offer, room: Host, cards: Sequence[Card]) -> Verdict:
             f"{name}: no card here is one",
             "take it out of offers; a card with other PCI ids: gpus.pci_ids",
         )
-    gpus = tuple(gpu for card in cards if (gpu := card.gpu) is not None)
+    gpus = tuple(gpu for card in cards if (gpu := _undrained(card).gpu) is not None)
     empty = Host(gpus, room.nodes, room.storage_gib, room.addresses)
     short: dict[Shortage, list[int]] = {}
     for shape in shapes(offer):
@@ -75,6 +76,11 @@ def can_be_filled(offer: Offer, room: Host, cards: Sequence[Card]) -> Verdict:
         return _OFFERS.at(level, what, "see cards above, or offers: gpu_counts")
     what, key = _SHORT[shortage]
     return _OFFERS.at(level, f"{shown}: not enough {what}, even if nobody else is here", key)
+
+
+def _undrained(card: Card) -> Card:
+    """A card as it was without a drain, which is what the operator wants and no fault."""
+    return replace(card, reasons=tuple(one for one in card.reasons if one.why is not Why.DRAINED))
 
 
 def _sellable(gpu_type: str, gpus: Sequence[Gpu]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -15,6 +16,7 @@ class CardState(StrEnum):
     AVAILABLE = "available"
     IN_USE = "in_use"
     CLEANING = "cleaning"
+    DRAINED = "drained"
     QUARANTINED = "quarantined"
     UNAVAILABLE = "unavailable"
 
@@ -26,6 +28,7 @@ class Why(StrEnum):
     NO_ANSWER = "no_answer"
     CHANGED = "changed"
     QUARANTINED = "quarantined"
+    DRAINED = "drained"
     VIRTUAL = "virtual"
     NOT_A_TYPE = "not_a_type"
     MEMORY = "memory"
@@ -57,6 +60,14 @@ class Reason:
 
     def __str__(self) -> str:
         return f"{self.what} ({self.mend})" if self.mend else self.what
+
+
+def state_of_idle(why_not: Sequence[Reason]) -> CardState:
+    """The state of a card that nobody has and that is not quarantined."""
+    if not why_not:
+        return CardState.AVAILABLE
+    drained = all(one.why is Why.DRAINED for one in why_not)
+    return CardState.DRAINED if drained else CardState.UNAVAILABLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,12 +158,21 @@ class Card:
         return self.instance or next(iter(self.used_by), None)
 
     @property
+    def first_faults(self) -> tuple[str, ...]:
+        """The reasons against giving the card to the instance that has claimed it.
+
+        A drain is none: it keeps a card from new orders, and this one was there before it.
+        """
+        return tuple(str(one) for one in self.reasons if one.why is not Why.DRAINED)
+
+    @property
     def faults(self) -> tuple[str, ...]:
         """The reasons that hold for an instance too which has the card already.
 
         A quarantine is none: it keeps a card from the next instance, not from this one.
         """
-        return tuple(str(one) for one in self.reasons if one.why is not Why.QUARANTINED)
+        of_the_next = (Why.QUARANTINED, Why.DRAINED)
+        return tuple(str(one) for one in self.reasons if one.why not in of_the_next)
 
     @property
     def summary(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
+from gpud.drains import Drain
 from gpud.host.iommu import IommuFacts
 from gpud.host.nvml import NvmlGpu
 from gpud.host.obstacle import Obstacle
@@ -67,11 +68,20 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What the store says of the cards."""
+    """What the store says of the cards.
+
+    Attributes:
+        drains: By address; the whole server's under None.
+    """
 
     known: Mapping[PciAddress, KnownCard] = field(default_factory=dict)
     quarantines: Mapping[PciAddress, Quarantine] = field(default_factory=dict)
     claims: Mapping[PciAddress, Claim] = field(default_factory=dict)
+    drains: Mapping[PciAddress | None, Drain] = field(default_factory=dict)
+
+    def drains_of(self, address: PciAddress) -> tuple[Drain, ...]:
+        """What keeps a card from new orders: its own drain, the whole server's."""
+        return tuple(self.drains[one] for one in (address, None) if one in self.drains)
 
     @classmethod
     def of(cls, store: Store) -> Self:
@@ -81,4 +91,4 @@ class Record:
             for instance in store.live.values()
             for gpu in instance.grant.gpus
         }
-        return cls(store.known_cards, store.quarantines, claims)
+        return cls(store.known_cards, store.quarantines, claims, store.drains)

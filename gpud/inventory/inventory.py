@@ -80,6 +80,7 @@ class Inventory:
         self._domains = domains
         self._obstacles = Obstacles(None if config.gpus.stand_ins else handover)
         self._room = Host()
+        self._capacity: Capacity | None = None
         self._facts: Facts | None = None
         self._told = NvmlView(awaited=nvml is not None)
         self._ended: set[str] = set()
@@ -109,6 +110,13 @@ class Inventory:
         """The card at ``address``."""
         return next((card for card in self.cards if card.address == address), None)
 
+    def reconfigure(self, config: Config) -> None:
+        """Keep for the host what ``config`` says, from now on."""
+        self._config = config
+        if self._capacity is not None:
+            self._room = room_for_guests(config, self._capacity)
+            self.view += 1
+
     async def refresh(self) -> None:
         """Look at the host anew; the first time, NVML is asked too, and waited for a little.
 
@@ -127,7 +135,7 @@ class Inventory:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_FIRST_ANSWER_S):
                     await self._ask(self._nvml)
-        capacity = await asyncio.to_thread(self._measure_capacity)
+        capacity = self._capacity = await asyncio.to_thread(self._measure_capacity)
         isolation = await asyncio.to_thread(self._read_iommu)
         tree = await self._bus.tree()
         facts = Facts(tree, isolation, self._told, self._other_domains())

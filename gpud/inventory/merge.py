@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from gpud.config import Gpus
-from gpud.inventory.card import Card, CardState, Health, Reason, Why
+from gpud.inventory.card import Card, CardState, Health, Reason, Why, state_of_idle
 from gpud.inventory.facts import Facts, Record
 from gpud.inventory.groups import components
 from gpud.inventory.identity import changes, places_before
@@ -98,7 +98,10 @@ def _shared(
         return
     for other in partners:
         if own[other.address]:
-            obstacle = "which cannot be sold"
+            drained = all(one.why is Why.DRAINED for one in own[other.address])
+            if drained and sighting.drains:  # which says it all
+                continue
+            obstacle = "which is drained" if drained else "which cannot be sold"
         elif other.claim is not None:
             obstacle = f"which instance {other.claim.upstream_id} has"
         else:
@@ -136,7 +139,7 @@ def _state(sighting: Sighting, why_not: Sequence[Reason]) -> CardState:
         return CardState.QUARANTINED
     if sighting.claim is not None:
         return sighting.claim.state
-    return CardState.UNAVAILABLE if why_not else CardState.AVAILABLE
+    return state_of_idle(why_not)
 
 
 def _pcie_peers(sighting: Sighting, found: Sequence[Sighting]) -> tuple[PciAddress, ...]:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from gpud.config import Gpus
+from gpud.drains import Drain
 from gpud.host import iommu
 from gpud.host.pci import NVIDIA_DRIVER, PciFunction
 from gpud.inventory import pciclass
@@ -25,6 +26,7 @@ _MATTERS_WHILE_CLAIMED: Final = frozenset(
         Why.NO_ANSWER,
         Why.CHANGED,
         Why.QUARANTINED,
+        Why.DRAINED,
         Why.IOMMU,
         Why.FOREIGN_DEVICE,
         Why.SETTING,
@@ -114,17 +116,30 @@ def used_by(sighting: Sighting) -> tuple[str, ...]:
 
 def quarantined(quarantine: Quarantine) -> Reason:
     """Why a card in quarantine is not sold."""
-    since = datetime.fromtimestamp(quarantine.since, UTC)
     return Reason(
         Why.QUARANTINED,
-        f"quarantined since {since:%Y-%m-%d %H:%M} UTC: {quarantine.reason}",
+        f"quarantined since {_when(quarantine.since)}: {quarantine.reason}",
         f"after a look at it: gpud gpus release {quarantine.address}",
     )
+
+
+def drained(drain: Drain) -> Reason:
+    """Why a card that is drained, or whose server is, gets no new order."""
+    which = f"--gpu {drain.address}" if drain.address is not None else "--all"
+    whose = "" if drain.address is not None else "the server is "
+    reason = f": {drain.reason}" if drain.reason else ""
+    what = f"{whose}drained since {_when(drain.since)}{reason}"
+    return Reason(Why.DRAINED, what, f"undrain: gpud undrain {which}")
+
+
+def _when(at: float) -> str:
+    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def _record(sighting: Sighting) -> Iterator[Reason]:
     if sighting.quarantine is not None:
         yield quarantined(sighting.quarantine)
+    yield from map(drained, sighting.drains)
 
 
 def _kind(sighting: Sighting, config: Gpus) -> Iterator[Reason]:

@@ -7,9 +7,9 @@ from typing import Final
 
 from gpud.config import Config, StandIns
 from gpud.host.capacity import Capacity, reserve
-from gpud.inventory.card import Card, CardState
+from gpud.inventory.card import Card, CardState, state_of_idle
 from gpud.inventory.facts import Record
-from gpud.inventory.reasons import quarantined
+from gpud.inventory.reasons import drained, quarantined
 from gpud.model import Host, PciAddress
 
 # PCI domains of real machines have 16 bits, or start at 0x10000 behind Intel VMD; this is neither.
@@ -34,12 +34,14 @@ def stand_ins(configured: list[StandIns], record: Record) -> Iterator[Card]:
     for number, gpu_type in enumerate(types):
         address = PciAddress(_STAND_IN_DOMAIN, number, 0, 0)
         claim, quarantine = record.claims.get(address), record.quarantines.get(address)
-        idle = CardState.AVAILABLE if quarantine is None else CardState.QUARANTINED
+        why_not = [quarantined(quarantine)] if quarantine is not None else []
+        why_not += map(drained, record.drains_of(address))
+        idle = CardState.QUARANTINED if quarantine is not None else state_of_idle(why_not)
         yield Card(
             address=address,
             ids="",
             state=claim.state if claim is not None else idle,
-            reasons=() if quarantine is None else (quarantined(quarantine),),
+            reasons=tuple(why_not),
             name="stand-in for development",
             gpu_type=gpu_type,
             instance=claim.upstream_id if claim is not None else None,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from gpud.config import Gpus
+from gpud.drains import Drain
 from gpud.host.nvml import NvmlGpu
 from gpud.host.pci import VFIO_PCI, PciFunction
 from gpud.inventory.facts import Claim, Facts, Record
@@ -46,6 +47,7 @@ class Sighting:
     quarantine: Quarantine | None
     claim: Claim | None
     domain: str | None
+    drains: tuple[Drain, ...] = ()
     gpu_type: str | None = None
     own: tuple[PciFunction, ...] = ()
     on_board: bool = False
@@ -151,6 +153,7 @@ def _sight(
         quarantine=record.quarantines.get(address),
         claim=record.claims.get(address),
         domain=next((name for one in own if (name := facts.domains.get(one.address))), None),
+        drains=record.drains_of(address),
         own=own,
         surroundings=groups.around(own),
     )

@@ -71,6 +71,21 @@ class Earnings:
             self._ended[_kind(instance)] += _earned(instance, self._clock())
 
 
+async def earned_since(store: Store, since: float, now: float) -> float:
+    """What instances have earned from one moment to another, in dollars."""
+    runs = await store.runs_since(since)
+    micro_usd = sum(
+        _micro_usd(Decimal(cost_per_hour), max(began, since), now if until is None else until)
+        for cost_per_hour, began, until in runs
+    )
+    return micro_usd / _MICRO
+
+
+def earned_usd(instance: Instance, now: float) -> float:
+    """What one instance has earned, in dollars."""
+    return _earned(instance, now) / _MICRO
+
+
 def _kind(instance: Instance) -> Kind:
     return instance.grant.shape.gpu_type, instance.tier.value
 

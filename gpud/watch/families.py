@@ -44,6 +44,11 @@ def of_connections(
                host_readable)  # fmt: skip
 
 
+def of_drain(*, whole_server: bool) -> Iterator[Gauge]:
+    """Whether the operator keeps new orders away; of single cards ``gpud_gpu_not_sold`` tells."""
+    yield _one("gpud_drained", "1 while the whole server takes no new orders.", whole_server)
+
+
 def of_certificate(expires_at: float | None) -> Iterator[Gauge]:
     """When the API's certificate expires; nothing without TLS."""
     family = Gauge(

@@ -24,6 +24,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from gpud.model import PciAddress
 from tests.chaos import badcards
 from tests.chaos.world import GPUS, World
 from tests.faults import FaultLog
@@ -81,6 +82,8 @@ class AnyHistory(RuleBasedStateMachine):
         super().__init__()
         self.world = World(self.log)
         self.count = 0
+        self.drained: dict[PciAddress | None, set[str]] = {}
+        """What is drained, each with the instances that may be there: those from before."""
 
     # -- callers -----------------------------------------------------------------------------------
 
@@ -103,6 +106,28 @@ class AnyHistory(RuleBasedStateMachine):
     def delete(self, back: int, turns: int) -> None:
         self.world.delete(f"order-{max(1, self.count - back)}")
         self.world.turn(turns)
+
+    # -- the operator ------------------------------------------------------------------------------
+
+    @rule(what=st.sampled_from([*GPUS, None]), turns=TURNS)
+    def drain(self, what: PciAddress | None, turns: int) -> None:
+        self.world.runner.run(self.world.gpud.store.drain(what, "a new fan"))
+        self.drained.setdefault(what, self._holders(what))
+        self.world.turn(turns)
+
+    @rule(what=st.sampled_from([*GPUS, None]), turns=TURNS)
+    def undrain(self, what: PciAddress | None, turns: int) -> None:
+        ended = self.world.runner.run(self.world.gpud.store.undrain(what))
+        assert ended == (self.drained.pop(what, None) is not None)
+        self.world.turn(turns)
+
+    def _holders(self, what: PciAddress | None) -> set[str]:
+        """The instances that have a card, or with None any."""
+        return {
+            upstream_id
+            for upstream_id, instance in self.world.gpud.store.live.items()
+            if what is None or what in {gpu.address for gpu in instance.grant.gpus}
+        }
 
     # -- deaths ------------------------------------------------------------------------------------
 
@@ -184,7 +209,15 @@ class AnyHistory(RuleBasedStateMachine):
 
     @rule()
     def settle(self) -> None:
+        for what in list(self.drained):
+            self.undrain(what, 0)
         self.world.settle()
+
+    @invariant()
+    def drains(self) -> None:
+        assert self.world.gpud.store.drains.keys() == self.drained.keys()
+        for what, before in self.drained.items():
+            assert self._holders(what) <= before, "sold although it is drained"
 
     @invariant()
     def statuses(self) -> None:
@@ -200,7 +233,7 @@ class AnyHistory(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            self.world.settle()
+            self.settle()
         finally:
             type(self).deaths += self.world.deaths
             self.world.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from gpud.backup import back_up, restore
 from gpud.errors import Code, GpudError
 from gpud.guest.image import ImageStore
 from gpud.host.capacity import Capacity
-from gpud.model import NumaNode, Tier
+from gpud.model import NumaNode, PciAddress, Tier
 from tests.unit.service import (
     Clock,
     Service,
@@ -142,3 +143,113 @@ async def test_nothing_is_for_sale_on_a_state_from_a_backup_until_it_is_trusted(
         await service.store.trust()
         assert b"h100_sxm" in service.desk.available_json()
         await service.desk.order(order("other"))
+
+
+# -- drains, and why something is not offered ------------------------------------------------------
+
+
+async def test_a_drained_server_lists_its_offers_with_nothing_available_and_refuses_orders(
+    service: Service,
+) -> None:
+    accepted = await service.desk.order(order())
+    assert b"h100_sxm" in service.desk.available_json()
+    await service.store.drain(None, "new kernel")
+    assert [one.available_count for one in service.desk.offerings()] == [0] * 4
+    assert service.desk.available_json() == b'{"offerings": []}'
+    assert await refusal(service) is Code.NO_CAPACITY
+    assert await refusal(service, gpu_count=9) is Code.NOT_OFFERED
+    again = await service.desk.order(order())
+    assert (again.replayed, again.instance) == (True, accepted.instance)
+    await service.store.undrain(None)
+    await service.desk.order(order("other"))
+
+
+async def test_a_drained_card_alone_is_not_sold(service: Service) -> None:
+    first, second = service.inventory.cards
+    await service.store.drain(first.address)
+    assert [one.available_count for one in service.desk.offerings()] == [1, 1, 0, 0]
+    sold = (await service.desk.order(order())).instance.grant
+    assert [gpu.address for gpu in sold.gpus] == [second.address]
+    assert await refusal(service) is Code.NO_CAPACITY
+
+
+_ACTS = st.lists(
+    st.tuples(
+        st.sampled_from(["order", "order two", "end", "drain", "undrain", "quarantine", "release"]),
+        st.sampled_from([0, 1, 2, 3, None]),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(acts=_ACTS)
+async def test_a_drained_card_is_never_granted(
+    tmp_path_factory: pytest.TempPathFactory,
+    images: ImageStore,
+    acts: list[tuple[str, int | None]],
+) -> None:
+    config = config_from(
+        tmp_path_factory.mktemp("state"),
+        gpus={"stand_ins": [{"gpu_type": "h100_sxm", "count": 4}]},
+    )
+    async with running_service(config, images, Clock()) as service:
+        addresses = [card.address for card in service.inventory.cards]
+        drained: set[PciAddress | None] = set()
+        for number, (act, which) in enumerate(acts):
+            address = addresses[which] if which is not None else None
+            if act == "drain":
+                await service.store.drain(address)
+                drained.add(address)
+            elif act == "undrain":
+                assert await service.store.undrain(address) == (address in drained)
+                drained.discard(address)
+            elif act == "quarantine" and address is not None:
+                await service.store.quarantine(address, "smells")
+            elif act == "release" and address is not None:
+                await service.store.release(address)
+            elif act == "end" and service.store.live:
+                await make_ended(service, next(iter(service.store.live)))
+            elif act.startswith("order"):
+                await _order_beside(service, drained, number, 2 if act == "order two" else 1)
+
+
+async def _order_beside(
+    service: Service, drained: set[PciAddress | None], number: int, gpu_count: int
+) -> None:
+    said = {one.gpu_count: one.available_count for one in service.desk.offerings()}[gpu_count]
+    if not said:
+        assert await refusal(service, gpu_count=gpu_count) is Code.NO_CAPACITY
+        return
+    made = (await service.desk.order(order(f"n-{number}", gpu_count=gpu_count))).instance
+    assert drained.isdisjoint({None, *(gpu.address for gpu in made.grant.gpus)})
+
+
+async def test_why_is_told_of_what_is_not_available_and_of_nothing_else(service: Service) -> None:
+    assert {why for _, why in service.desk.explained()} == {""}
+    await service.desk.order(order())
+    told = {one.gpu_count: why for one, why in service.desk.explained()}
+    assert told == {1: "", 2: "2 GPUs needed, 1 of 2 free: 1 in use"}
+    assert [one for one, _ in service.desk.explained()] == service.desk.offerings()
+
+
+async def test_what_closes_the_desk_is_told_all_of_it(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert service.desk.closed() == []
+    await service.store.drain(None, "new kernel")
+    service.hypervisor.up = False
+    service.store.restored = True
+    monkeypatch.setattr(service.desk, "_unrecorded_at", math.inf)
+    monkeypatch.setattr(service.inventory, "view", 0)
+    monkeypatch.setattr(service.inventory, "problem", "/sys is gone")
+    monkeypatch.setattr(service.images, "_root", Path("/nowhere"))
+    told = service.desk.closed()
+    for number, words in enumerate(
+        ("from a backup", "could not be recorded", "libvirt does not answer",
+         "the guest image cannot be used", "the host cannot be read: /sys is gone",
+         "the server is drained since 2026-09-21 14:13 UTC: new kernel"),
+    ):  # fmt: skip
+        assert words in told[number]
+    for one, why in service.desk.explained():
+        assert (one.available_count, why) == (0, "; ".join(told))

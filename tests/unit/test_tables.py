@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from typing import Any
 
 import pytest
+from rich.console import Console, RenderableType
 
 from gpud import tables
 
@@ -69,10 +71,11 @@ def test_images_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         "digest": "sha256:0123456789abcdef",
         "size_bytes": 2**29,
         "virtual_size_bytes": 3 * 2**30,
+        "sealed": True,
         "in_use_by": 2,
     }
     tables.show([image], tables.IMAGES, "", as_json=False)
-    assert shown(capsys)[1][2:] == ["0.5", "GiB", "3.0", "GiB", "2"]
+    assert shown(capsys)[1][2:] == ["0.5", "GiB", "3.0", "GiB", "yes", "2"]
 
 
 def test_an_empty_list_is_said_to_be_empty(capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,3 +116,70 @@ def test_an_event_is_a_line_in_local_time(
     finally:
         monkeypatch.undo()
         time.tzset()
+
+
+# -- what fits a screen ----------------------------------------------------------------------------
+
+
+def listed(listing: RenderableType, width: int) -> list[str]:
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(listing)
+    return [line.rstrip() for line in captured.get().splitlines()]
+
+
+def test_a_narrow_screen_shows_what_is_needed_most_and_says_what_is_missing() -> None:
+    row = {**INSTANCE, "instance_id": "gpuai-0123456789abcdef", "address": "10.0.0.2"}
+    wide = listed(tables.Listing([row], tables.INSTANCES, ""), 160)
+    assert "too narrow" not in wide[-1]
+    narrow = listed(tables.Listing([row], tables.INSTANCES, ""), 80)
+    assert max(map(len, narrow)) <= 80
+    assert narrow[0].split() == ["ID", "STATUS", "GPUS", "UPTIME", "NOTE"]
+    assert narrow[1].startswith("i-0123456789abcdef  error   h100_sxm x2  2 h 01 min")
+    assert narrow[-1] == "too narrow for: INSTANCE, STEP, ADDRESS, USD/H"
+
+
+def test_what_a_row_is_known_by_is_never_left_out() -> None:
+    columns = [("ADDRESS", lambda row: row["a"]), ("STEP", lambda row: row["a"])]
+    lines = listed(tables.Listing([{"a": "x" * 30}], columns, ""), 20)
+    assert lines[0] == "ADDRESS"
+    assert lines[-1] == "too narrow for: STEP"
+
+
+def test_offers_fit_an_ordinary_terminal_whole() -> None:
+    offers = [{**OFFER, "gpu_type": "a100_80gb", "price_per_hour": 27.92, "tier": "on_demand"}]
+    lines = listed(tables.Listing(offers, tables.OFFERS, ""), 80)
+    assert len(lines) == 2
+
+
+@pytest.mark.parametrize("rows", [[], [INSTANCE]])
+def test_colours_are_for_terminals(rows: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    tables.show(rows, tables.INSTANCES, "none", as_json=False)
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_state_has_its_colour() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=200, color_system="standard")
+    console.print(tables.Listing([INSTANCE], tables.INSTANCES, ""))
+    assert "\x1b[31merror" in screen.getvalue()
+
+
+def test_each_reason_is_told_once_below_what_it_holds_for() -> None:
+    offers = [
+        {**OFFER, "why_not": "no GPU"},
+        {**OFFER, "tier": "on_demand", "why_not": "no GPU"},
+        {**OFFER, "gpu_count": 4, "why_not": "no GPU"},
+        {**OFFER, "gpu_count": 8, "why_not": "[red]no memory[/red]"},
+        {**OFFER, "gpu_count": 1, "why_not": None},
+    ]
+    reasons = tables.offer_reasons(offers)
+    assert reasons is not None
+    assert listed(reasons, 20) == ["", "h100_sxm x2,", "h100_sxm x4", "  no GPU", "", "h100_sxm x8",
+                     "  [red]no", "  memory[/red]"]  # fmt: skip
+    assert tables.offer_reasons([{**OFFER, "why_not": None}]) is None
+
+
+def test_a_place_without_a_card_is_said_to_have_none(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.show_gpu(None, "41:00.0")
+    assert capsys.readouterr().out == "no GPU is at 41:00.0 now\n"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from gpud import schema
 from gpud.model import GuestInput, Order, Status, Step, Tier
 from gpud.schema import MIGRATIONS, to_row
 from gpud.statefile import connect
@@ -91,6 +92,8 @@ async def test_its_orders_are_still_the_same_orders(state_dir: Path) -> None:
 def test_each_version_in_between_is_brought_up_to_date(state_dir: Path, version: int) -> None:
     path = state_dir / "state.sqlite"
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        if version > schema._WITHOUT_BOOT_ID:
+            schema._add_boot_id(connection)
         for number, script in enumerate(MIGRATIONS[1:version], start=2):
             connection.executescript(f"{script} PRAGMA user_version = {number};")
     with closing(connect(state_dir)) as connection:

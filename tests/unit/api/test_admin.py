@@ -31,11 +31,15 @@ async def door(service: Service, consoles: ConsoleLogs, clock: Any) -> AsyncIter
     async def reconcile() -> None:
         consoles.remove("i-00000000000000aa")
 
+    async def reload() -> list[str]:
+        return ["stock.high_from: 4 -> 5"]
+
     async def release(address: PciAddress) -> bool:
         if address == BROKEN:
             raise GpudError(Code.GPU_UNUSABLE, f"{address} does not answer", hint="see dmesg")
         return await service.store.release(address)
 
+    overview = service.overview(consoles)
     side_door = Admin(
         service.store,
         service.desk,
@@ -44,6 +48,9 @@ async def door(service: Service, consoles: ConsoleLogs, clock: Any) -> AsyncIter
         consoles,
         clock,
         reconcile=reconcile,
+        reload=reload,
+        overview=overview.server,
+        in_full=overview.instance,
     )
     server = TestServer(side_door.build_app())
     await server.start_server(access_log=None)
@@ -264,6 +271,10 @@ async def test_reconciling_is_done_when_asked_for(
     consoles.append("i-00000000000000aa", b"x")
     assert await operator.post("/reconcile") == {}
     assert consoles.kept() == set()
+
+
+async def test_a_reload_tells_what_changed(operator: Operator) -> None:
+    assert await operator.post("/reload") == {"changed": ["stock.high_from: 4 -> 5"]}
 
 
 async def test_events_are_shown_of_all_of_an_instance_and_of_a_gpu(

@@ -177,6 +177,25 @@ async def test_a_card_in_quarantine_that_is_offered_is_a_contradiction(gpud: Gpu
     assert finding.what == "is offered by the daemon, and must not be sold"
 
 
+@pytest.mark.parametrize("what", [str(GPU), ""], ids=["the card", "the server"])
+async def test_a_drained_card_that_is_offered_is_a_contradiction(gpud: Gpud, what: str) -> None:
+    rewrite(gpud, "INSERT INTO drain VALUES (?, 0, '')", what)
+    findings = await gpud.findings()
+    assert findings[0].subject == f"GPU {GPU}"
+    assert len(findings) == (1 if what else 2)
+    assert {one.what for one in findings} == {"is offered by the daemon, and must not be sold"}
+
+
+async def test_a_card_that_is_drained_is_in_order_with_an_instance_and_without(gpud: Gpud) -> None:
+    instance = await gpud.running()
+    await gpud.store.drain(None)
+    assert await gpud.findings() == []
+    await gpud.deleted(instance)
+    assert await gpud.findings() == []
+    findings = judge(with_card(await gpud.facts(), "drained"))
+    assert [one.what for one in findings] == ["is drained without a reason"]
+
+
 async def test_a_card_that_is_not_sold_for_no_reason_is_not_understood(gpud: Gpud) -> None:
     await gpud.store.quarantine(GPU, "its fan rattles")
     assert await gpud.findings() == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,14 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(look_module, "_BETWEEN_S", 0)
 
 
+async def nothing() -> list[str]:
+    return []
+
+
+async def untold(*_: object) -> dict[str, Any]:
+    return {}
+
+
 @pytest.fixture
 async def socket(gpud: Gpud) -> AsyncIterator[Path]:
     """Where the daemon listens."""
@@ -44,6 +53,9 @@ async def socket(gpud: Gpud) -> AsyncIterator[Path]:
         gpud.cleaner.release,
         gpud.consoles,
         reconcile=gpud.reconciler.once,
+        reload=nothing,
+        overview=untold,
+        in_full=untold,
     )
     async with AsyncExitStack() as stack:
         path = gpud.config.admin_socket_path

@@ -88,7 +88,7 @@ async def test_nothing_is_sold_without_vfio_pci(view: View, kernel: FakeKernel) 
     for card in host.cards:
         (why,) = card.reasons
         assert why.what == "the driver vfio-pci is not loaded"
-        assert why.mend.startswith("modprobe vfio-pci")
+        assert why.mend.startswith("gpud setup")
     kernel.add_driver("vfio-pci")
     await host.refresh()
     assert for_sale(host) == [GPU, OTHER]
