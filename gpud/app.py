@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,11 @@ import structlog
 
 from gpud import __version__, listeners, systemd
 from gpud.api.admin import Admin
-from gpud.api.auth import Authenticator
+from gpud.api.gate import Gate
 from gpud.api.routes import Routes
-from gpud.api.web import build_app, certificate_expires_at, tls_context
+from gpud.api.web import build_app
 from gpud.config import Config
+from gpud.config import Metrics as MetricsConfig
 from gpud.desk import OrderDesk
 from gpud.errors import Code, GpudError
 from gpud.guest.console import ConsoleLogs
@@ -38,11 +39,14 @@ from gpud.lifecycle.steps import Steps
 from gpud.lifecycle.strays import StrayWatch
 from gpud.lifecycle.worker import Worker
 from gpud.model import Instance, PciAddress, Status
+from gpud.reload import InForce, Parts, Reload
 from gpud.store import Store
 from gpud.telemetry import Metrics
 from gpud.watch.health import Health
+from gpud.watch.overview import Overview
 from gpud.watch.page import Page
 from gpud.watch.sources import Sources
+from gpud.watch.watchdog import Watchdog
 
 _log = structlog.get_logger()
 
@@ -50,17 +54,22 @@ _FOLLOW_DOMAINS_S = 15.0
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-async def serve(config: Config) -> None:
+async def serve(config: Config, reread: Callable[[], Config]) -> None:
     """Run the daemon until SIGTERM or SIGINT. Guests keep running after it.
+
+    Args:
+        config: What it begins with.
+        reread: Reads the configuration again, at SIGHUP or when the operator asks.
 
     Raises:
         GpudError: It cannot start; the message says why.
     """
-    stop = asyncio.Event()
+    stop, hang_up = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in _STOP_SIGNALS:
         loop.add_signal_handler(number, stop.set)
-    async with running(config):
+    loop.add_signal_handler(signal.SIGHUP, hang_up.set)
+    async with running(config, reread) as reload, _background(_reload_at(hang_up, reload)):
         _log.info("ready", version=__version__, port=config.server.port)
         systemd.notify(f"READY=1\nSTATUS=serving on port {config.server.port}")
         await stop.wait()
@@ -69,23 +78,20 @@ async def serve(config: Config) -> None:
 
 
 @asynccontextmanager
-async def running(config: Config) -> AsyncIterator[None]:
-    """The daemon, up.
+async def running(config: Config, reread: Callable[[], Config]) -> AsyncIterator[Reload]:
+    """The daemon, up, with what has it go by another configuration.
 
     Raises:
         GpudError: It cannot start.
         Exception: Something in the background ended that must not.
     """
-    tls = tls_context(config.server.tls) if config.server.tls else None
     async with AsyncExitStack() as stack:
         store = await Store.open(config.state_dir)
         stack.push_async_callback(store.close)
-        for name, mode in (("images", 0o755), ("instances", 0o711), ("console", 0o700)):
-            _directory(config.state_dir / name, mode)
+        _make_directories(config.state_dir)
         session = await stack.enter_async_context(aiohttp.ClientSession())
-        authenticator = Authenticator(config.auth, session)
-        await authenticator.start()
-        stack.push_async_callback(authenticator.close)
+        in_force = await InForce.start(config, session)
+        stack.push_async_callback(in_force.close)
 
         metrics = Metrics()
         images = ImageStore(config.state_dir / "images")
@@ -106,10 +112,7 @@ async def running(config: Config) -> AsyncIterator[None]:
             domains=lambda: domains,
             handover=handover,
         )
-        try:
-            await inventory.refresh()
-        except (GpudError, OSError) as error:
-            _log.error("the host cannot be read; nothing is sold until it can", error=str(error))
+        await _look_first(inventory)
         hypervisor = Hypervisor(
             config.libvirt.uri,
             call_timeout_s=config.libvirt.call_timeout_s,
@@ -131,14 +134,14 @@ async def running(config: Config) -> AsyncIterator[None]:
             StrayWatch(store, hypervisor, sysfs, cleaner.boot_id),
         )
         desk = OrderDesk(config, store, inventory, images, lambda: hypervisor.available, metrics)
-        if config.metrics.enabled:
-            sources = Sources(store, inventory, images, hypervisor, desk, authenticator)
-            await _let_watch(stack, config, metrics, sources)
-
+        gate = Gate(config.server, in_force.authenticator, metrics)
+        sources = Sources(store, inventory, images, hypervisor, desk, gate)
+        health = Health(sources)
+        watchdog = Watchdog(health, hypervisor, config.libvirt.threads)
+        page = Page(config, metrics, sources, lambda: in_force.certificate_expires_at)
+        await _let_watch(stack, config.metrics, page, health)
         store.subscribe(partial(_forget_console, consoles))
-        hypervisor.subscribe(guests.hear)
-        hypervisor.subscribe(lambda uuid, *_: _wake(worker, store, uuid))
-        hypervisor.on_connect(worker.wake_all)
+        _pass_on_news(hypervisor, guests, worker, store)
 
         await stack.enter_async_context(
             _background(
@@ -147,30 +150,58 @@ async def running(config: Config) -> AsyncIterator[None]:
                 reconciler.run(),
                 store.keep_short(config.history.events_days),
                 _follow_domains(hypervisor, domains),
+                watchdog.run(systemd.watchdog_s()),
             )
         )
         stack.push_async_callback(guests.close)
         worker.start()
         stack.push_async_callback(worker.close)
 
-        repair = partial(reconciler.once, repair=True)
-        admin = Admin(store, desk, inventory, cleaner.release, consoles, reconcile=repair)
+        app = build_app(gate, Routes(desk, store, config.network, metrics))
+        crowd = await listeners.api(stack, config.server, in_force.tls, app)
+        parts = Parts(desk, inventory, gate, crowd, page)
+        reload = Reload(in_force, reread, session, parts)
+        stack.push_async_callback(reload.close)
+        await stack.enter_async_context(_background(reload.follow_certificate()))
+        overview = Overview(config.deadlines, sources, consoles)
+        admin = Admin(
+            store,
+            desk,
+            inventory,
+            cleaner.release,
+            consoles,
+            reconcile=partial(reconciler.once, repair=True),
+            reload=reload.reload,
+            overview=overview.server,
+            in_full=overview.instance,
+        )
         await listeners.admin(stack, config.admin_socket_path, admin.build_app())
-        routes = Routes(desk, store, config.network, metrics)
-        app = build_app(config.server, routes, authenticator, metrics)
-        await listeners.api(stack, config.server, tls, app)
-        yield
+        yield reload
 
 
 async def _let_watch(
-    stack: AsyncExitStack, config: Config, metrics: Metrics, sources: Sources
+    stack: AsyncExitStack, where: MetricsConfig, page: Page, health: Health
 ) -> None:
     """Open Prometheus' listener; to be done before any instance can end."""
-    tls = config.server.tls
-    page = Page(config, metrics, sources, certificate_expires_at(tls) if tls else None)
     await page.start()
-    health = Health(sources)
-    await listeners.metrics(stack, config.metrics, page.render, health.alive, health.ready)
+    if where.enabled:
+        await listeners.metrics(stack, where, page.render, health.alive, health.ready)
+
+
+async def _reload_at(hang_up: asyncio.Event, reload: Reload) -> None:
+    """Reload at each SIGHUP; several during one reload are one more."""
+    while True:
+        await hang_up.wait()
+        hang_up.clear()
+        with suppress(GpudError):  # told in the log
+            await reload.reload()
+
+
+async def _look_first(inventory: Inventory) -> None:
+    try:
+        await inventory.refresh()
+    except (GpudError, OSError) as error:
+        _log.error("the host cannot be read; nothing is sold until it can", error=str(error))
 
 
 async def _follow_domains(hypervisor: Hypervisor, domains: dict[PciAddress, str]) -> None:
@@ -202,6 +233,12 @@ async def _background(*work: Coroutine[None, None, None]) -> AsyncIterator[None]
         raise
 
 
+def _pass_on_news(hypervisor: Hypervisor, guests: GuestWatch, worker: Worker, store: Store) -> None:
+    hypervisor.subscribe(guests.hear)
+    hypervisor.subscribe(lambda uuid, *_: _wake(worker, store, uuid))
+    hypervisor.on_connect(worker.wake_all)
+
+
 def _wake(worker: Worker, store: Store, domain_uuid: UUID) -> None:
     for instance in store.live.values():
         if instance.domain_uuid == domain_uuid:
@@ -211,6 +248,11 @@ def _wake(worker: Worker, store: Store, domain_uuid: UUID) -> None:
 def _forget_console(consoles: ConsoleLogs, instance: Instance) -> None:
     if instance.status is Status.TERMINATED:
         consoles.remove(instance.upstream_id)
+
+
+def _make_directories(state_dir: Path) -> None:
+    for name, mode in (("images", 0o755), ("instances", 0o711), ("console", 0o700)):
+        _directory(state_dir / name, mode)
 
 
 def _directory(path: Path, mode: int) -> None:

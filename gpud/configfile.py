@@ -91,6 +91,8 @@ def _problem(detail: ErrorDetails) -> Problem:
         what = "unknown key"
     elif detail["type"] == "missing":
         what = "missing"
+    elif detail["input"] is None and detail["type"].endswith("_type"):
+        what = "not filled in"
     return Problem(_dotted(detail["loc"]), what, _hint(detail))
 
 

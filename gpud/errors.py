@@ -28,6 +28,7 @@ class Code(StrEnum):
     NO_CAPACITY = "no_capacity"
     PAYLOAD_TOO_LARGE = "payload_too_large"
     NOT_OFFERED = "not_offered"
+    RATE_LIMITED = "rate_limited"
     INTERNAL = "internal_error"
     TOO_SLOW = "too_slow"
     HYPERVISOR_UNAVAILABLE = "hypervisor_unavailable"
@@ -58,13 +59,14 @@ HTTP_STATUS: dict[Code, int] = {
     Code.NO_CAPACITY: 409,
     Code.PAYLOAD_TOO_LARGE: 413,
     Code.NOT_OFFERED: 422,
+    Code.RATE_LIMITED: 429,
     Code.INTERNAL: 500,
     Code.TOO_SLOW: 503,
     Code.HYPERVISOR_UNAVAILABLE: 503,
     Code.AUTH_UNAVAILABLE: 503,
     Code.RECORD_UNAVAILABLE: 503,
 }
-"""Codes that can reach an API caller, and the status they travel under (contract: a 4xx is final)."""
+"""Codes that can reach an API caller, and the status they travel under: a 4xx is final, but for 429."""
 
 _OPERATOR_STATUS: dict[Code, int] = {Code.GPU_NOT_FOUND: 404}
 """Codes that only the operator's socket answers with."""

@@ -5,13 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import resource
 import socket
 import ssl
-import sys
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
-from functools import partial
+from contextlib import AsyncExitStack, ExitStack
 from http import HTTPStatus
 from pathlib import Path
 
@@ -20,15 +17,13 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from gpud import config
+from gpud.crowd import Crowd
 from gpud.errors import Code, GpudError
 from gpud.watch.health import Problems
 
 _BACKLOG = 128
-"""Also how many connections are let in at once, before the next look at how many there are."""
 
 _log = structlog.get_logger()
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class _WithoutValues(logging.Filter):
@@ -49,13 +44,16 @@ _http_log.addFilter(_WithoutValues())
 
 async def api(
     stack: AsyncExitStack, server: config.Server, tls: ssl.SSLContext | None, app: web.Application
-) -> None:
+) -> Crowd:
     """Open the API's listener until ``stack`` unwinds; requests under way then get their time.
+
+    Returns:
+        Its connections.
 
     Raises:
         GpudError: ``CONFIG_INVALID``: the address or port cannot be had.
     """
-    crowd = _Crowd(_most_connections())
+    crowd = Crowd(server, tls)
     app.middlewares.insert(0, crowd.watch)
     runner = web.AppRunner(
         app,
@@ -65,18 +63,31 @@ async def api(
         shutdown_timeout=server.shutdown_timeout_s,
     )
     await runner.setup()
+    assert runner.server is not None  # noqa: S101 - it has just been set up
+    stack.push_async_callback(crowd.close)
     stack.push_async_callback(runner.cleanup)
-    try:
-        listening = await asyncio.get_running_loop().create_server(
-            partial(crowd.admit, runner),
-            server.listen,
-            server.port,
-            ssl=tls,
-            backlog=_BACKLOG,
-        )
-    except OSError as error:
-        raise _taken("server", server.listen, server.port, error) from error
-    stack.callback(listening.close)
+    for listener in await _listen(server):
+        stack.callback(crowd.dismiss, listener)
+        crowd.welcome(listener, runner.server)
+    return crowd
+
+
+async def _listen(server: config.Server) -> list[socket.socket]:
+    """A listening socket for each address that ``server.listen`` stands for."""
+    listeners = []
+    with ExitStack() as opened:
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(
+                server.listen, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+            for family, _, _, _, address in dict.fromkeys(found):
+                listener = socket.create_server(address, family=family, backlog=_BACKLOG)
+                listeners.append(opened.enter_context(listener))
+                listener.setblocking(False)  # noqa: FBT003 - the signature of a socket
+        except OSError as error:
+            raise _taken("server", server.listen, server.port, error) from error
+        opened.pop_all()
+    return listeners
 
 
 async def metrics(
@@ -137,47 +148,6 @@ async def admin(stack: AsyncExitStack, path: Path, app: web.Application) -> None
     await web.SockSite(runner, listener).start()
 
 
-def _most_connections() -> int:
-    """A quarter of the process' file descriptors; the others are for disks, seeds and children."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if limit == resource.RLIM_INFINITY else max(1, limit // 4)
-
-
-class _Crowd:
-    """Bounds how many connections there are. One too many costs the oldest idle ones their place: a
-    crowd that says nothing keeps nobody out who has something to say.
-    """  # noqa: D205 - two sentences
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._busy: set[asyncio.BaseProtocol] = set()
-
-    @web.middleware
-    async def watch(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Note on which connections a request is under way."""
-        self._busy.add(request.protocol)
-        try:
-            return await handler(request)
-        finally:
-            self._busy.discard(request.protocol)
-
-    def admit(self, runner: web.AppRunner) -> asyncio.Protocol:
-        """Let one more in.
-
-        Raises:
-            ConnectionError: The listener is being closed.
-        """
-        server = runner.server
-        if server is None:
-            raise ConnectionError("the listener is being closed")
-        connections = server.connections
-        if (too_many := len(connections) + 1 - self._most) > 0:
-            idle = [one for one in connections if one not in self._busy]
-            for oldest in idle[:too_many]:
-                oldest.force_close()
-        return server()
-
-
 def _remove_socket(path: Path) -> None:
     with contextlib.suppress(OSError):  # the next daemon removes it too: no reason to end badly
         path.unlink()
@@ -205,6 +175,7 @@ def _taken(section: str, listen: str, port: int, error: OSError) -> GpudError:
     return GpudError(
         Code.CONFIG_INVALID,
         f"{section}: {listen} port {port} cannot be listened on: {error.strerror}",
+        transient=True,  # an address may come up later, and a port become free
     )
 
 

@@ -42,7 +42,7 @@ def set_up_logging(log: Log) -> None:
             logging.getLevelNamesMapping()[log.level.upper()]
         ),
         logger_factory=lambda *_: _Lines(),
-        cache_logger_on_first_use=True,
+        cache_logger_on_first_use=False,  # or a reload's level would not reach who has logged before
     )
 
 

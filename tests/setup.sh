@@ -6,6 +6,8 @@ set -euo pipefail
 packages=(
   # to build and run the daemon
   python3 python3-venv python3-dev gcc libc6-dev pkg-config libvirt-dev
+  # to make a package of it
+  dpkg-dev binutils
   # the hypervisor
   qemu-system-x86 qemu-utils ovmf libvirt-daemon-system libvirt-clients dnsmasq-base iptables
   # the guest image
@@ -13,7 +15,8 @@ packages=(
   # the lab's small guest
   cpio
   # the far end of the guest's tunnel, and what the tests look with
-  openssh-server openssh-client prometheus xorriso shellcheck git ca-certificates
+  openssh-server openssh-client prometheus nginx caddy xorriso shellcheck git curl ca-certificates
+  systemd man-db mandoc
 )
 
 say() { printf 'setup: %s\n' "$*" >&2; }

@@ -28,7 +28,12 @@ def problem(error: GpudError, request_id: str) -> web.Response:
 
 def problem_in_full(error: GpudError) -> web.Response:
     """The response for the operator: whatever the error is, with what to do about it."""
-    return _response(error, {**_body(error, error.code, error.detail), "hint": error.hint})
+    body = {**_body(error, error.code, error.detail), "hint": error.hint}
+    if error.problems:
+        body["errors"] = [
+            {"field": p.where, "detail": p.what, "hint": p.hint} for p in error.problems
+        ]
+    return _response(error, body)
 
 
 def _body(error: GpudError, code: Code, detail: str) -> dict[str, object]:

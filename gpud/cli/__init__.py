@@ -5,7 +5,18 @@ from __future__ import annotations
 import click
 
 from gpud import __version__
-from gpud.cli import development, gpus, images, orders, service, state
+from gpud.cli import (
+    development,
+    drains,
+    gpus,
+    images,
+    instances,
+    orders,
+    service,
+    setup,
+    state,
+    status,
+)
 from gpud.cli.options import Commands
 
 
@@ -17,14 +28,19 @@ def main() -> None:
 
 for _verb in (
     service.serve,
+    service.reload,
     service.config_group,
-    orders.instances,
+    status.status,
+    instances.instances,
     orders.events,
     orders.offers,
     gpus.gpus,
+    drains.drain,
+    drains.undrain,
     orders.console,
     service.check,
     service.doctor,
+    setup.setup,
     state.backup,
     state.restore,
     service.openapi,

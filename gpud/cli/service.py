@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
+import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import click
 
-from gpud import adminclient, app, tables
+from gpud import adminclient, app, systemd, tables
 from gpud.api.web import openapi_document
 from gpud.audit.look import look
 from gpud.cli.options import config_option, json_option, socket_of
@@ -17,17 +20,42 @@ from gpud.configfile import load_config
 from gpud.doctor.check import exit_status
 from gpud.doctor.machine import Machine
 from gpud.doctor.run import examine
-from gpud.errors import GpudError
+from gpud.errors import Code, GpudError
 from gpud.telemetry import set_up_logging
+
+_STDERR = 2
 
 
 @click.command()
 @config_option
-def serve(config_file: Path) -> None:
-    """Run the daemon."""
-    config = load_config(config_file)
-    set_up_logging(config.log)
-    asyncio.run(app.serve(config))
+@click.pass_context
+def serve(ctx: click.Context, config_file: Path) -> None:
+    """Run the daemon.
+
+    Exit status: 78 the configuration must be mended first, 1 another start may go better.
+    """
+    try:
+        config = load_config(config_file)
+        set_up_logging(config.log)
+        faulthandler.enable(_STDERR)  # when systemd's watchdog ends it: what each thread hung in
+        asyncio.run(app.serve(config, partial(load_config, config_file)))
+    except GpudError as error:
+        systemd.notify(f"STATUS={'; '.join(map(str.strip, str(error).splitlines()))}")
+        if error.code is not Code.CONFIG_INVALID or error.transient:
+            raise
+        click.echo(f"Error: {error}", err=True)
+        ctx.exit(os.EX_CONFIG)  # at which systemd does not try again
+
+
+@click.command()
+@config_option
+def reload(config_file: Path) -> None:
+    """Have the daemon go by its configuration file as it is now; guests and connections go on.
+
+    Wholly or not at all: exit status 1 means that nothing was changed, and every problem is shown.
+    """
+    changed = adminclient.post(socket_of(config_file), "/reload")["changed"]
+    click.echo("\n".join(changed) if changed else "nothing has changed")
 
 
 @click.group("config")
@@ -36,9 +64,14 @@ def config_group() -> None:
 
 
 @config_group.command("check")
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument(
+    "file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("/etc/gpud/gpud.yaml"),
+    envvar="GPUD_CONFIG",
+)
 def config_check(file: Path) -> None:
-    """Judge a configuration FILE; every problem is shown at once."""
+    """Judge a configuration FILE, or the daemon's; every problem is shown at once."""
     config = load_config(file)
     shapes = sum(len(offer.gpu_counts) for offer in config.offers)
     click.echo(f"{file}: ok, {shapes} shapes on offer")

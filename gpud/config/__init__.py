@@ -4,8 +4,9 @@ Read through :mod:`gpud.configfile`.
 """
 
 from gpud.config.auth import Auth, Introspection, SecretSource
+from gpud.config.changes import RELOADED, Change, changes
 from gpud.config.guest import IMAGE_NAME, Deadlines, Guest
-from gpud.config.listeners import Metrics, Server, Tls
+from gpud.config.listeners import Limits, Metrics, Server, Tls
 from gpud.config.machine import Gpus, Libvirt, Network, StandIns
 from gpud.config.section import Section
 from gpud.config.selling import HostReserve, Offer, PerGpu, Site, Stock
@@ -13,7 +14,9 @@ from gpud.config.whole import Config, History, Log
 
 __all__ = [
     "IMAGE_NAME",
+    "RELOADED",
     "Auth",
+    "Change",
     "Config",
     "Deadlines",
     "Gpus",
@@ -22,6 +25,7 @@ __all__ = [
     "HostReserve",
     "Introspection",
     "Libvirt",
+    "Limits",
     "Log",
     "Metrics",
     "Network",
@@ -34,4 +38,5 @@ __all__ = [
     "StandIns",
     "Stock",
     "Tls",
+    "changes",
 ]

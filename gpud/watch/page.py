@@ -31,7 +31,7 @@ class Page(Collector):
         config: Deadlines, offers, and where things are.
         metrics: What was counted.
         sources: What is looked at.
-        certificate_expires_at: When the API's certificate expires, in seconds since the epoch.
+        certificate_expires_at: Tells when the API's certificate expires, in seconds since the epoch.
         clock: Seconds since the epoch.
     """
 
@@ -40,22 +40,27 @@ class Page(Collector):
         config: Config,
         metrics: Metrics,
         sources: Sources,
-        certificate_expires_at: float | None = None,
+        certificate_expires_at: Callable[[], float | None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._config = config
         self._registry = metrics.registry
         self._sources = sources
         self._certificate_expires_at = certificate_expires_at
         self._clock = clock
         self._earnings = Earnings(sources.store, metrics.earnings_usd, clock)
         self._found: Sequence[Metric] = ()
-        for offer in config.offers:  # so that the first dollar is seen as an increase
-            for tier in offer.price_per_gpu_hour:
-                metrics.earnings_usd.labels(offer.gpu_type, tier.value)
-                metrics.gpu_claims.labels(offer.gpu_type, tier.value)
+        self._metrics = metrics
+        self.reconfigure(config)
         metrics.registry.register(self)
         ProcessCollector(namespace="gpud", registry=metrics.registry)
+
+    def reconfigure(self, config: Config) -> None:
+        """Show what ``config`` says from now on."""
+        self._config = config
+        for offer in config.offers:  # so that the first dollar is seen as an increase
+            for tier in offer.price_per_gpu_hour:
+                self._metrics.earnings_usd.labels(offer.gpu_type, tier.value)
+                self._metrics.gpu_claims.labels(offer.gpu_type, tier.value)
 
     async def start(self) -> None:
         """Read what was earned before. To be called before any instance can end."""
@@ -87,7 +92,8 @@ class Page(Collector):
             keys_ready=sources.keys.ready,
             host_readable=sources.inventory.problem is None,
         )
-        yield from families.of_certificate(self._certificate_expires_at)
+        yield from families.of_drain(whole_server=None in sources.store.drains)
+        yield from families.of_certificate(self._certificate_expires_at())
         yield from families.of_cards(sources.inventory.cards)
         yield from families.of_instances(live, self._config.deadlines, self._clock())
         yield from families.of_offerings(sources.desk.offerings())

@@ -83,7 +83,7 @@ def check_response(method: str, path: str, answer: Answer) -> None:
     if promised is problem or promised == problem:
         assert answer.status >= 400, f"{where} is no problem"
     _check_headers(promised.get("headers", {}), answer.headers, where)
-    if answer.status in {401, 403, 405, 503}:
+    if answer.status in {401, 403, 405, 429, 503}:
         # HTTP's own rules, which hold where the document has only a default (RFC 9110).
         companion = {401: "WWW-Authenticate", 403: "WWW-Authenticate", 405: "Allow"}
         assert companion.get(answer.status, "Retry-After") in answer.headers, where

@@ -15,6 +15,7 @@ import pytest
 
 from gpud.config import Config
 from gpud.desk import OrderDesk
+from gpud.guest.console import ConsoleLogs
 from gpud.guest.image import ImageStore
 from gpud.host.capacity import Capacity
 from gpud.host.pci import PciTree
@@ -22,6 +23,8 @@ from gpud.inventory import Inventory
 from gpud.model import GuestInput, Instance, NumaNode, Order, Status, Step, Tier
 from gpud.store import Store
 from gpud.telemetry import Metrics
+from gpud.watch.overview import Overview
+from gpud.watch.sources import Sources
 from tests.unit.lifecycle.gpud_under_test import CREATE_STEPS, RELEASE_STEPS
 
 NOW = 1_790_000_000.0
@@ -65,6 +68,18 @@ class Hypervisor:
     """Whether libvirt answers."""
 
     up: bool = True
+    calls_in_thread: int = 0
+
+    @property
+    def available(self) -> bool:
+        return self.up
+
+
+@dataclass
+class Keys:
+    """Whether tokens can be judged."""
+
+    ready: bool = True
 
 
 @dataclass
@@ -79,6 +94,14 @@ class Service:
     metrics: Metrics
     clock: Clock
     hypervisor: Hypervisor = field(default_factory=Hypervisor)
+    keys: Keys = field(default_factory=Keys)
+
+    def overview(self, consoles: ConsoleLogs) -> Overview:
+        """What the operator is told, on this clock."""
+        sources = Sources(
+            self.store, self.inventory, self.images, self.hypervisor, self.desk, self.keys
+        )
+        return Overview(self.config.deadlines, sources, consoles, self.clock, self.clock)
 
     def metric(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import stat
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gpud.config import Config
 from gpud.configfile import parse_config
 from gpud.dev.issuer import Issuer, running_issuer
 from gpud.errors import Code, GpudError
+from gpud.reload import Reload
 from tests.machine.processes import free_port
 
 pytestmark = pytest.mark.real_command("head")  # which asks the PCI functions of the machine
@@ -49,6 +51,11 @@ def config_for(state_dir: Path, issuer: Issuer | None = None, **changes: Any) ->
     return parse_config(CONFIG.format(**values))
 
 
+def running(config: Config) -> AbstractAsyncContextManager[Reload]:
+    """The daemon, whose configuration stays as it is."""
+    return app.running(config, lambda: config)
+
+
 async def get(url: str, **headers: str) -> tuple[int, str]:
     async with aiohttp.ClientSession() as session, session.get(url, headers=headers) as answer:
         return answer.status, await answer.text()
@@ -58,7 +65,7 @@ async def test_all_doors_open_and_close(tmp_path: Path) -> None:
     async with running_issuer(client_id="c", client_secret="s", audience="gpud") as issuer:
         config = config_for(tmp_path, issuer)
         url = f"http://127.0.0.1:{config.server.port}/v1/gpu/available"
-        async with app.running(config):
+        async with running(config):
             status, body = await get(url, Authorization=f"Bearer {issuer.mint()}")
             assert (status, body) == (200, '{"offerings": []}')
             assert (await get(url))[0] == 401
@@ -84,7 +91,7 @@ async def test_directories_have_their_modes(tmp_path: Path, umask: int) -> None:
     state_dir = tmp_path / "state"
     before = os.umask(umask)
     try:
-        async with app.running(config_for(state_dir)):
+        async with running(config_for(state_dir)):
             modes = {
                 name: stat.S_IMODE((state_dir / name).stat().st_mode)
                 for name in (".", "images", "instances", "console", "state.sqlite")
@@ -98,7 +105,7 @@ async def test_directories_have_their_modes(tmp_path: Path, umask: int) -> None:
 
 async def test_it_starts_while_the_issuer_is_away_and_says_so(tmp_path: Path) -> None:
     config = config_for(tmp_path)
-    async with app.running(config):
+    async with running(config):
         url = f"http://127.0.0.1:{config.server.port}/v1/gpu/available"
         status, body = await get(url, Authorization="Bearer eyJhbGciOiJSUzI1NiJ9.e30.c2ln")
         watch = f"http://127.0.0.1:{config.metrics.port}"
@@ -112,23 +119,23 @@ async def test_it_starts_while_the_issuer_is_away_and_says_so(tmp_path: Path) ->
 
 async def test_metrics_can_be_switched_off(tmp_path: Path) -> None:
     config = config_for(tmp_path, metrics="false")
-    async with app.running(config):
+    async with running(config):
         with pytest.raises(aiohttp.ClientConnectorError):
             await get(f"http://127.0.0.1:{config.metrics.port}/metrics")
 
 
 async def test_a_second_daemon_on_the_same_state_is_refused(tmp_path: Path) -> None:
-    async with app.running(config_for(tmp_path)):
+    async with running(config_for(tmp_path)):
         with pytest.raises(GpudError, match="another gpud is running"):
-            async with app.running(config_for(tmp_path)):
+            async with running(config_for(tmp_path)):
                 pass
 
 
 async def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
     config = config_for(tmp_path)
-    async with app.running(config):
+    async with running(config):
         with pytest.raises(GpudError, match=f"port {config.server.port}") as caught:
-            async with app.running(config_for(tmp_path / "other", port=config.server.port)):
+            async with running(config_for(tmp_path / "other", port=config.server.port)):
                 pass
     assert caught.value.code is Code.CONFIG_INVALID
 
@@ -136,7 +143,7 @@ async def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
 async def test_a_state_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(GpudError, match=r"file/state"):
-        async with app.running(config_for(tmp_path / "file" / "state")):
+        async with running(config_for(tmp_path / "file" / "state")):
             pass
 
 
@@ -148,7 +155,7 @@ async def test_a_background_task_that_dies_ends_the_daemon(
 
     monkeypatch.setattr("gpud.lifecycle.reconcile.Reconciler.run", broken)
     with pytest.raises(RuntimeError, match="defect"):
-        async with app.running(config_for(tmp_path)):
+        async with running(config_for(tmp_path)):
             await asyncio.sleep(5)
 
 
@@ -161,7 +168,7 @@ async def test_background_tasks_that_die_together_are_all_told(
     monkeypatch.setattr("gpud.lifecycle.reconcile.Reconciler.run", broken)
     monkeypatch.setattr("gpud.inventory.Inventory.run", broken)
     with pytest.raises(ExceptionGroup) as caught:
-        async with app.running(config_for(tmp_path)):
+        async with running(config_for(tmp_path)):
             await asyncio.sleep(5)
     assert len(caught.value.exceptions) == 2
 
@@ -172,7 +179,7 @@ async def test_serve_runs_until_it_is_told_to_stop(
     told: list[str] = []
     monkeypatch.setattr("gpud.systemd.notify", told.append)
     config = config_for(tmp_path)
-    task = asyncio.create_task(app.serve(config))
+    task = asyncio.create_task(app.serve(config, lambda: config))
     async with asyncio.timeout(10):
         while not told:
             await asyncio.sleep(0.01)

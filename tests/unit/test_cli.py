@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack
@@ -26,6 +27,7 @@ from gpud.api.web import openapi_document
 from gpud.audit import look
 from gpud.cli import main, service
 from gpud.config import Log
+from gpud.errors import Code, GpudError, Problem
 from gpud.guest.console import ConsoleLogs
 from gpud.guest.image import ImageStore
 from gpud.hypervisor import connection
@@ -56,6 +58,7 @@ class Daemon:
         self.consoles = ConsoleLogs(state_dir / "console", 64 * 1024)
         self.service: Service
         self.reconciled = 0
+        self.reloads: list[str] | GpudError = []
         self._state_dir = state_dir
         self._images = images
         self._loop: asyncio.AbstractEventLoop
@@ -79,6 +82,11 @@ class Daemon:
     async def _reconcile(self) -> None:
         self.reconciled += 1
 
+    async def _reload(self) -> list[str]:
+        if isinstance(self.reloads, GpudError):
+            raise self.reloads
+        return self.reloads
+
     async def _run(self) -> None:
         config = config_from(self._state_dir)
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
@@ -87,6 +95,7 @@ class Daemon:
             AsyncExitStack() as stack,
         ):
             service = self.service
+            overview = service.overview(self.consoles)
             door = Admin(
                 service.store,
                 service.desk,
@@ -95,6 +104,9 @@ class Daemon:
                 self.consoles,
                 service.clock,
                 reconcile=self._reconcile,
+                reload=self._reload,
+                overview=overview.server,
+                in_full=overview.instance,
             )
             await listeners.admin(stack, config.admin_socket_path, door.build_app())
             self._ready.set()
@@ -172,9 +184,40 @@ def test_a_daemon_that_cannot_start_says_why(
         result = gpud("serve")
     finally:
         structlog.reset_defaults()
-    assert result.exit_code == 1
+    assert result.exit_code == os.EX_CONFIG  # what systemd does not try again
     assert "/nowhere/tls.crt" in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_a_daemon_that_may_start_later_is_told_from_one_that_may_not(
+    gpud: Callable[..., Result], tmp_path: Path
+) -> None:
+    (tmp_path / "state").touch()  # a disk that is not mounted yet, say
+    try:
+        result = gpud("serve")
+    finally:
+        structlog.reset_defaults()
+    assert (result.exit_code, str(tmp_path / "state") in result.stderr) == (1, True)
+
+
+def test_systemd_is_told_what_is_wrong_with_the_configuration(
+    gpud: Callable[..., Result], config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config_file.write_text("site:\n  region:\n  datacenter_location: here\nauth: {}\n")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        monkeypatch.setitem(os.environ, "NOTIFY_SOCKET", str(tmp_path / "notify"))
+        assert gpud("serve").exit_code == os.EX_CONFIG
+        told = systemd.recv(4096).decode()
+    assert told.startswith(f"STATUS={config_file}: ")
+    assert "site.region: not filled in" in told
+    assert "\n" not in told
+
+
+def test_without_a_file_the_daemons_own_configuration_is_checked(
+    gpud: Callable[..., Result], config_file: Path
+) -> None:
+    assert gpud("config", "check").output == f"{config_file}: ok, 2 shapes on offer\n"
 
 
 @pytest.mark.parametrize(
@@ -352,7 +395,7 @@ def test_images_are_added_listed_and_removed(gpud: Callable[..., Result], tmp_pa
     source = tmp_path / "source.qcow2"
     make_qcow2(source)
     assert gpud("image", "list").output == "no images; `gpud image add` adds one\n"
-    added = gpud("image", "add", str(source), "--name", "base")
+    added = gpud("image", "add", str(source), "--name", "base", "--unsealed")
     assert added.exit_code == 0, added.output
     (image,) = json.loads(gpud("image", "list", "--json").output)
     assert added.stdout.endswith(f"{image['digest']}\n")
@@ -374,7 +417,7 @@ def test_an_image_is_read_whole_to_see_whether_it_is_intact(
 ) -> None:
     source = tmp_path / "source.qcow2"
     make_qcow2(source)
-    gpud("image", "add", str(source), "--name", "base")
+    gpud("image", "add", str(source), "--name", "base", "--unsealed")
     (stored,) = (tmp_path / "state" / "images").glob("*.qcow2")
     result = gpud("image", "verify", "base")
     assert result.stdout == f"base: intact, {stored.stem.replace('-', ':')}\n"
@@ -395,7 +438,7 @@ def test_an_image_with_another_checksum_is_refused(
 ) -> None:
     source = tmp_path / "source.qcow2"
     make_qcow2(source)
-    result = gpud("image", "add", str(source), "--name", "base", "--sha256", "0" * 64)
+    result = gpud("image", "add", str(source), "--name", "base", "--sha256", "0" * 64, "--unsealed")
     assert result.exit_code == 1
     assert "SHA-256" in result.stderr
     assert gpud("image", "list", "--json").output == "[]\n"
@@ -448,6 +491,33 @@ def test_what_is_wrong_is_told_with_its_mend_and_repaired_when_asked_for(
     assert gpud("check", "--repair").exit_code == 1  # this daemon's reconciler does nothing
     assert daemon.reconciled == 1
     assert "destroy" not in libvirtd.calls
+
+
+def test_a_reload_tells_what_changed(daemon: Daemon, gpud: Callable[..., Result]) -> None:
+    result = gpud("reload")
+    assert (result.exit_code, result.output) == (0, "nothing has changed\n")
+    daemon.reloads = ["stock.high_from: 4 -> 5", "auth.issuer"]
+    result = gpud("reload")
+    assert (result.exit_code, result.output) == (0, "stock.high_from: 4 -> 5\nauth.issuer\n")
+
+
+def test_a_reload_that_is_refused_tells_every_problem(
+    daemon: Daemon, gpud: Callable[..., Result], config_file: Path
+) -> None:
+    problems = [Problem("server.port", "is 1, would be 2", "restart gpud to change it"),
+                Problem("state_dir", "is /a, would be /b")]  # fmt: skip
+    daemon.reloads = GpudError(Code.CONFIG_INVALID, "refused", hint="put back", problems=problems)
+    result = gpud("reload")
+    assert result.exit_code == 1
+    assert result.output.splitlines() == [
+        "Error: refused (put back)",
+        "  server.port: is 1, would be 2 (restart gpud to change it)",
+        "  state_dir: is /a, would be /b",
+    ]
+    config_file.write_text("prices: {}")
+    result = gpud("reload")
+    assert result.exit_code == 1
+    assert "prices: unknown key" in result.output
 
 
 def test_a_check_works_without_a_daemon(

@@ -70,6 +70,23 @@ def test_the_minimal_config_is_enough() -> None:
     assert config.auth.algorithms == ["RS256"]
 
 
+def test_the_file_that_a_package_brings_tells_of_each_key_that_must_be_filled_in() -> None:
+    text = (CONFIG_DIR / "minimal.yaml").read_text()
+    empty = [
+        "auth.issuer", "auth.audience", "site.region", "site.datacenter_location", "offers",
+    ]  # fmt: skip
+    source = {"auth.introspection": "give exactly one of jwks_url, key_files and introspection | "}
+    assert problems(text) == dict.fromkeys(empty, "not filled in | ") | source
+
+
+def test_the_file_that_a_package_brings_is_enough_when_its_own_examples_are_filled_in() -> None:
+    text = (CONFIG_DIR / "minimal.yaml").read_text()
+    filled = re.sub(r"^(  \w+:) +# ", r"\1 ", text, flags=re.MULTILINE)
+    config = parse_config(re.sub(r"^#(  (?:- |  )\w+: .*)$", r"\1", filled, flags=re.MULTILINE))
+    assert config.offers[0].gpu_counts == [1, 2, 4, 8]
+    assert config.site.region == "US"
+
+
 def test_the_annotated_file_has_every_key_of_the_model() -> None:
     text = (CONFIG_DIR / "gpud.yaml").read_text()
     # Optional sections and the tiers' prices are shown in comments or as values.

@@ -49,6 +49,15 @@ def test_level_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
     assert [event["event"] for event in logged(capsys)] == ["loud"]
 
 
+def test_another_level_holds_for_who_has_logged_before(capsys: pytest.CaptureFixture[str]) -> None:
+    log = structlog.get_logger()
+    set_up_logging(Log(level="warning"))
+    log.warning("one")
+    set_up_logging(Log(level="debug"))
+    log.debug("two")
+    assert [event["event"] for event in logged(capsys)] == ["one", "two"]
+
+
 def test_a_line_that_cannot_be_written_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     with suppress(OSError), open("/dev/full", "w") as full:  # noqa: PTH123 - it fails at close, too
         monkeypatch.setattr(sys, "stderr", full)

@@ -11,6 +11,7 @@ from yarl import URL
 
 from gpud import listeners
 from gpud.api.auth import Authenticator
+from gpud.api.gate import Gate
 from gpud.api.routes import Routes
 from gpud.api.web import build_app
 from gpud.dev.issuer import Issuer
@@ -62,6 +63,6 @@ async def client(
     server = service.config.server.model_copy(update={"listen": "127.0.0.1", "port": port})
     routes = Routes(service.desk, service.store, service.config.network, service.metrics, clock)
     async with AsyncExitStack() as stack:
-        app = build_app(server, routes, authenticator, service.metrics)
+        app = build_app(Gate(server, authenticator, service.metrics), routes)
         await listeners.api(stack, server, None, app)
         yield Client(session, URL(f"http://127.0.0.1:{port}/"), issuer.mint(scope="gpu"))

@@ -18,7 +18,10 @@ from tests.unit.contract import Answer
 from tests.unit.service import Service
 
 pytestmark = pytest.mark.real_command("qemu-img")
-EIGHT_GPUS = {"gpus": {"stand_ins": [{"gpu_type": "h100_sxm", "count": 8}]}}
+EIGHT_GPUS = {
+    "gpus": {"stand_ins": [{"gpu_type": "h100_sxm", "count": 8}]},
+    "server": {"limits": {"orders_per_minute": None}},
+}
 ATTEMPTS = 3
 BIG = "#!/bin/sh\n" + "#" * 300_000  # so that it needs room on the disk
 

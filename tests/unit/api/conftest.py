@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from structlog.testing import capture_logs
 
 from gpud.api.auth import Authenticator
+from gpud.api.gate import Gate
 from gpud.api.routes import Routes
 from gpud.api.web import build_app
 from gpud.config import Auth
@@ -212,7 +213,7 @@ async def open_client(
             await authenticator.start()
             config = service.config
             routes = Routes(service.desk, service.store, config.network, service.metrics, clock)
-            app = build_app(config.server, routes, authenticator, service.metrics)
+            app = build_app(Gate(config.server, authenticator, service.metrics), routes)
             server = TestServer(app)
             await server.start_server(access_log=None)
             stack.push_async_callback(server.close)

@@ -12,6 +12,7 @@ import yaml
 
 from gpud.api.schemas import OrderBody
 from gpud.api.web import openapi_document
+from gpud.config import Limits
 from gpud.dev.issuer import Issuer
 from gpud.errors import HTTP_STATUS
 from gpud.model import GPU_TYPES, Status, Tier
@@ -166,6 +167,13 @@ class Producer:
         await self.order(gpu_count=2)
         return await self.order(instance_id="gpuai-2")
 
+    async def too_often(self, method: str, path: str) -> Answer:
+        client = await self.open_client()
+        for _ in range(10):
+            answer = await client.ask(method, path.format(id="x"))
+            assert answer.status != 429
+        return await client.ask(method, path.format(id="x"))
+
     async def slow_order(self, method: str, path: str) -> Answer:
         client = await self.open_client()
         return await client.send(client.head(method, path, Content_Length="2") + b"{")
@@ -184,6 +192,7 @@ PRODUCERS: dict[tuple[str, str, str], Callable[..., Awaitable[Answer]]] = {
     ("POST", INSTANCES, "422"): Producer.strange_order,
     ("GET", INSTANCE, "404"): Producer.no_instance,
     ("DELETE", INSTANCE, "404"): Producer.no_instance,
+    ("GET", "/openapi.yaml", "429"): Producer.too_often,
     **{
         (method, path, status): producer
         for method, path in (
@@ -195,6 +204,7 @@ PRODUCERS: dict[tuple[str, str, str], Callable[..., Awaitable[Answer]]] = {
         for status, producer in (
             ("401", Producer.no_token),
             ("403", Producer.no_scope),
+            ("429", Producer.too_often),
             ("503", Producer.no_keys),
         )
     },
@@ -205,12 +215,15 @@ def test_every_documented_answer_has_a_test() -> None:
     assert set(documented()) == set(PRODUCERS)
 
 
-IMPATIENT = {"server": {"body_timeout_s": 0.02}}
+STRICT: dict[str, Any] = {
+    "408": {"server": {"body_timeout_s": 0.02}},
+    "429": {"server": {"limits": dict.fromkeys(Limits.model_fields, 10)}},
+}
 
 
 @pytest.mark.parametrize(
     ("promise", "settings"),
-    [(promise, IMPATIENT if promise[2] == "408" else {}) for promise in PRODUCERS],
+    [(promise, STRICT.get(promise[2], {})) for promise in PRODUCERS],
     ids=[" ".join(promise) for promise in PRODUCERS],
 )
 async def test_a_documented_answer_can_be_had(

@@ -12,6 +12,7 @@ from gpud.config import Gpus
 from gpud.doctor.cards import REASONS, bars, cards, power, resets
 from gpud.doctor.cardview import CardView
 from gpud.doctor.check import Level, Verdict
+from gpud.drains import Drain
 from gpud.host.obstacle import Obstacle
 from gpud.host.pci import PciFunction
 from gpud.host.sysfs import Sysfs
@@ -106,6 +107,14 @@ def test_a_quarantine_is_a_warning_with_its_release() -> None:
     found = say(facts(gpu("01:00.0")), record(quarantined={"01:00.0": "it hung"}))
     assert named(found, "health")[0] is Level.WARNING
     assert "gpud gpus release 0000:01:00.0" in named(found, "health")[2]
+
+
+def test_a_drain_is_a_note_with_its_end() -> None:
+    at = gpu("01:00.0").address
+    found = say(facts(gpu("01:00.0")), replace(record(), drains={at: Drain(at, 0, "new fan")}))
+    level_of, words, mend = named(found, "cards")
+    assert (level_of, mend) == (Level.NOTE, "undrain: gpud undrain --gpu 0000:01:00.0")
+    assert words == "0000:01:00.0: drained since 1970-01-01 00:00 UTC: new fan"
 
 
 def test_the_same_fault_of_several_cards_is_told_once() -> None:

@@ -26,7 +26,7 @@ def test_a_libvirt_that_is_away_is_the_only_thing_told() -> None:
     away = GpudError(Code.HYPERVISOR_UNAVAILABLE, "cannot reach libvirt", hint="join the group")
     found = only(hypervisor(make_config(), away))
     assert found[:2] == (Level.FAULT, "cannot reach libvirt")
-    assert "systemctl enable --now libvirtd" in found[2]
+    assert "gpud setup starts it" in found[2]
     assert "join the group" in found[2]
 
 

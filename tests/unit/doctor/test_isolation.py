@@ -43,4 +43,4 @@ def test_a_driver_that_is_not_loaded_is_to_be_loaded_now_and_at_boot() -> None:
     assert only(driver(loaded=False, needed=False))[0] is Level.NOTE
     found = only(driver(loaded=False, needed=True))
     assert found[0] is Level.FAULT
-    assert found[2] == "modprobe vfio-pci && echo vfio-pci > /etc/modules-load.d/gpud.conf"
+    assert found[2] == "gpud setup has it loaded, now and at each boot"

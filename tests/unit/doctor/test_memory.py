@@ -47,11 +47,11 @@ def test_huge_pages_that_are_there_and_mounted_are_well() -> None:
 def test_huge_pages_that_nobody_set_aside_are_a_fault() -> None:
     found = only(huge_pages(PAGES, (NumaNode(0, 8, 0),), MOUNTED))
     assert found[0] is Level.FAULT
-    assert found[2].startswith("boot Linux with hugepagesz=1G hugepages=32 ")
+    assert found[2].startswith("gpud setup counts ")
 
 
 def test_huge_pages_without_a_mount_of_their_size_are_a_fault() -> None:
     other = "hugetlbfs /dev/hugepages hugetlbfs rw,pagesize=2M 0 0\n"
     found = only(huge_pages(PAGES, (NumaNode(0, 8, 4096),), other))
     assert found[0] is Level.FAULT
-    assert "mount -t hugetlbfs -o pagesize=1G" in found[2]
+    assert "gpud setup has it mounted" in found[2]

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from gpud import cli, command, listeners, tables
+from gpud.cli import service
 from gpud.config import Config
 from gpud.configfile import load_config
 from gpud.doctor.check import Group, Level, Verdict
@@ -56,6 +57,10 @@ def settings(root: Path) -> dict[str, Any]:
     }
 
 
+async def _fit(_: Path) -> None:
+    """Finds any image fit to be cloned."""
+
+
 @pytest.fixture
 async def config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The configuration of a server whose directory, image and keys are as they should be."""
@@ -65,7 +70,7 @@ async def config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(command, "run", QemuImg().run)
     source = tmp_path / "source.qcow2"
     source.write_bytes(base_image())
-    await ImageStore(state_dir / "images").add(source, "base")
+    await ImageStore(state_dir / "images").add(source, "base", judge=_fit)
     key = ec.generate_private_key(ec.SECP256R1()).public_key()
     pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     (tmp_path / "key.pem").write_bytes(pem)
@@ -208,8 +213,8 @@ def test_a_file_of_procfs_that_is_not_there_is_empty(tmp_path: Path) -> None:
 def gpud(
     config_file: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Result]:
-    monkeypatch.setattr(cli, "Machine", lambda: machine)
-    monkeypatch.setattr(cli, "set_up_logging", lambda _: None)  # it would outlive the test
+    monkeypatch.setattr(service, "Machine", lambda: machine)
+    monkeypatch.setattr(service, "set_up_logging", lambda _: None)  # it would outlive the test
     environment = {"GPUD_CONFIG": str(config_file)}
     return lambda *words: CliRunner(env=environment).invoke(cli.main, ["doctor", *words])
 

@@ -40,6 +40,13 @@ def test_offers_that_can_all_be_filled_are_well() -> None:
     assert named(found, "offers")[1] == "h100_sxm x 1, 2: 2 of 2 cards can be sold"
 
 
+def test_a_drain_is_no_fault_of_what_is_on_offer() -> None:
+    drained = Reason(Why.DRAINED, "drained")
+    found = look(card(1, "h100_sxm", drained), card(2, "h100_sxm", drained, BROKEN))
+    assert named(found, "offers")[1] == "h100_sxm x 2: 1 of 2 cards can be sold"
+    assert level(found, "offers") is Level.WARNING
+
+
 def test_nothing_on_offer_is_a_fault() -> None:
     found = look(offers=[])
     assert level(found, "offers") is Level.FAULT

@@ -111,6 +111,14 @@ async def test_a_record_tells_what_is_claimed_known_and_quarantined(state_dir: P
     assert cards.quarantines[other].reason == "a test"
 
 
+async def test_a_record_tells_what_is_drained(state_dir: Path) -> None:
+    store = await Store.open(state_dir)
+    await store.drain(None, "new kernel")
+    drains = dict(store.drains)
+    await store.close()
+    assert record(state_dir)[0].drains == drains
+
+
 @pytest.mark.parametrize("content", [b"no database at all, and long enough to tell" * 99, b""])
 def test_a_damaged_record_is_a_fault(state_dir: Path, content: bytes) -> None:
     (state_dir / "state.sqlite").write_bytes(content)

@@ -62,7 +62,7 @@ class Watched:
 async def watch(service: Service, clock: Clock) -> Watched:
     libvirt, keys = Libvirt(), Keys()
     sources = Sources(service.store, service.inventory, service.images, libvirt, service.desk, keys)
-    page = Page(service.config, service.metrics, sources, CERTIFICATE_EXPIRES_AT, clock)
+    page = Page(service.config, service.metrics, sources, lambda: CERTIFICATE_EXPIRES_AT, clock)
     await page.start()
     return Watched(service, sources, page, libvirt, keys)
 

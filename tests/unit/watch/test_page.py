@@ -14,6 +14,7 @@ from gpud.lifecycle.cards import start_time_limit_s
 from gpud.model import Step
 from gpud.telemetry import Metrics
 from gpud.watch import families
+from gpud.watch.health import Health
 from gpud.watch.page import Page
 from tests.unit.service import Clock, make_running, order
 from tests.unit.watch.conftest import CERTIFICATE_EXPIRES_AT, Watched
@@ -51,7 +52,7 @@ async def test_the_page_tells_the_build_and_what_gpud_depends_on(watched: Watche
 
 
 async def test_without_tls_no_certificate_expires(watched: Watched) -> None:
-    watched.page._certificate_expires_at = None
+    watched.page._certificate_expires_at = lambda: None
     assert "gpud_tls_certificate_expiry_timestamp_seconds" not in await watched.samples()
 
 
@@ -82,6 +83,22 @@ async def test_a_quarantine_is_told_by_card_and_reason(watched: Watched) -> None
     told = await watched.samples()
     assert told["gpud_gpu_not_sold"] == [({"gpu": str(card.address), "reason": "quarantined"}, 1)]
     assert len(told["gpud_gpu_info"]) == 2
+
+
+async def test_a_drain_is_told_of_the_server_and_of_its_cards(watched: Watched) -> None:
+    drained = {"gpu_type": "h100_sxm", "state": "drained"}
+    service = watched.service
+    first, second = (card.address for card in service.inventory.cards)
+    await service.store.drain(first)
+    assert await watched.value("gpud_drained") == 0
+    assert await watched.value("gpud_gpus", **drained) == 1
+    await service.store.drain(None)
+    assert await watched.value("gpud_drained") == 1
+    assert await watched.value("gpud_gpus", **drained) == 2
+    assert await watched.value("gpud_gpu_not_sold", gpu=str(second), reason="drained") == 1
+    one_spot = {"gpu_type": "h100_sxm", "gpu_count": "1", "tier": "spot"}
+    assert await watched.value("gpud_offers_available", **one_spot) == 0
+    assert await Health(watched.sources).ready() == {}, "it is as its operator wants it"
 
 
 async def test_an_instance_is_overdue_after_its_steps_deadline(
