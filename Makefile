@@ -4,6 +4,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PREFIX ?= /usr/local
 
 # QEMU of root's libvirtd runs as another user, which cannot look into /root.
 ifeq ($(shell id -u),0)
@@ -15,7 +16,7 @@ IMAGE := $(CACHE)/guest-$(shell sha256sum tests/guest/build.sh | cut -c1-12).qco
 export GPUD_TEST_IMAGE := $(IMAGE)
 CHAOS_TESTS := tests/chaos tests/unit/lifecycle/test_whole_order.py $(wildcard tests/machine/test_chaos*.py)
 
-.PHONY: help setup demo test lint unit chaos-short chaos machine lab measure-boot clean
+.PHONY: help setup demo test lint unit chaos-short chaos machine lab golden measure-boot deb install uninstall clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
@@ -44,8 +45,10 @@ lint: $(VENV)/.ready ## linters, types, layering
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy systemd/manual.py
 	$(BIN)/lint-imports
-	shellcheck tests/setup.sh tests/guest/build.sh tests/lab/*.sh .ci/run cloud-init/*.sh
+	shellcheck tests/setup.sh tests/guest/build.sh tests/lab/*.sh .ci/run cloud-init/*.sh cloud-init/golden/*.sh cloud-init/golden/*.profile \
+		systemd/*.sh systemd/deb/build.sh systemd/deb/p*
 
 unit: $(VENV)/.ready ## unit tests, with coverage
 	$(BIN)/pytest tests/unit --numprocesses 2 --dist worksteal --cov --cov-report=term --cov-fail-under=95
@@ -65,8 +68,24 @@ machine: setup ## tests on real libvirt and QEMU
 lab: setup ## a GPU server in a box: real IOMMU, VFIO, systemd, reboots; a quarter of an hour
 	$(BIN)/pytest tests/lab -v --timeout=1500
 
+golden: setup ## the golden image's recipe, for real but for the driver; a quarter of an hour
+	$(BIN)/pytest tests/machine/test_golden.py -v --timeout=3600
+
 measure-boot: setup ## order to startup script, against a plain runcmd seed; a quarter of an hour
 	@$(BIN)/python -m tests.machine.measure_boot
 
+deb: ## a Debian package for this distribution, into dist/
+	@systemd/deb/build.sh
+
+install: ## without a package: below PREFIX, or for later below DESTDIR
+	@systemd/install.sh $(PYTHON) $(PREFIX) $(DESTDIR)
+ifeq ($(DESTDIR),)
+	@$(PREFIX)/lib/gpud/prepare
+	@echo "install: fill in /etc/gpud/gpud.yaml, then: gpud config check && systemctl enable --now gpud" >&2
+endif
+
+uninstall: ## takes that away; configuration, state and guests stay
+	@systemd/uninstall.sh $(PREFIX) $(DESTDIR)
+
 clean: ## forget the virtual environment and caches; the guest image stays in $(CACHE)
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .coverage
+	rm -rf dist $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .coverage

@@ -19,7 +19,13 @@ from typing import Final
 
 from gpud.errors import Code, GpudError
 
-DEBIAN_PACKAGE: Final = {"qemu-img": "qemu-utils"}
+DEBIAN_PACKAGE: Final = {
+    "debugfs": "e2fsprogs",
+    "e2fsck": "e2fsprogs",
+    "mcopy": "mtools",
+    "qemu-img": "qemu-utils",
+    "sfdisk": "fdisk",
+}
 """Where the programs that gpud calls come from."""
 
 _ENVIRONMENT: Final = {

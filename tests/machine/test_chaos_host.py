@@ -285,7 +285,8 @@ async def test_a_base_image_that_is_damaged_is_noticed_before_it_is_sold(
         damage()
         await refused(caller, "b")
     began = time.monotonic()
-    await server.gpud("image", "add", str(await small_guest()), "--name", "demo")
+    small = str(await small_guest())
+    await server.gpud("image", "add", small, "--name", "demo", "--unsealed")
     await caller.wait_for_offerings(OFFERED_TIMEOUT_S)
     took_s = time.monotonic() - began
     await caller.order(instance_id="b", **ORDER)

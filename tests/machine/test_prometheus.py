@@ -119,7 +119,8 @@ async def test_prometheus_scrapes_what_happened_and_raises_what_is_wrong(state_d
 
         disk = state_dir / "no system.qcow2"
         await output_of("qemu-img", "create", "-q", "-f", "qcow2", str(disk), "1M")
-        await server.gpud("image", "add", str(disk), "--name", server.config["guest"]["image"])
+        name = server.config["guest"]["image"]
+        await server.gpud("image", "add", str(disk), "--name", name, "--unsealed")
         await prometheus.until("gpud_guest_image_usable", 1)
         await prometheus.until("sum(gpud_offers_available)", 6)
 
