@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes this machine ready for `make demo` and `make test`: system packages, /dev/kvm, a libvirtd.
-# Can be run any number of times; does nothing where nothing is missing.
+# Can be run any number of times; does nothing where nothing is missing. Arguments: further packages.
 set -euo pipefail
 
 packages=(
@@ -17,6 +17,7 @@ packages=(
   # the far end of the guest's tunnel, and what the tests look with
   openssh-server openssh-client prometheus nginx caddy xorriso shellcheck git curl ca-certificates
   systemd man-db mandoc
+  "$@"
 )
 
 say() { printf 'setup: %s\n' "$*" >&2; }
