@@ -31,7 +31,7 @@ $(VENV)/.ready: pyproject.toml
 	@$(BIN)/python -m pip install -qq --editable . --group dev
 	@touch $@
 
-$(IMAGE): tests/guest/build.sh
+$(IMAGE): # its name tells what it was built by, so a fresh clone does not build it again
 	@mkdir -p $(CACHE)
 	@tests/guest/build.sh $@
 

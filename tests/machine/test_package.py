@@ -59,7 +59,10 @@ class Debian:
             stdin=subprocess.DEVNULL,  # nobody is there to be asked
             text=True,
             check=False,
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive"},
+            env={
+                "PATH": "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+                "DEBIAN_FRONTEND": "noninteractive",
+            },
         )
         assert (done.returncode != 0) is fails, done.stdout
         return done.stdout
@@ -110,17 +113,43 @@ def debian(tmp_path: Path) -> Debian:
     return debian
 
 
+@pytest.fixture
+def systemctl(debian: Debian) -> Path:
+    """What systemd was told, in a Debian that seems to run it."""
+    told = debian.root / "tmp/systemctl"
+    told.touch()
+    program = debian.root / "usr/local/bin/systemctl"
+    program.write_text('#!/bin/sh\necho "$@" >>/tmp/systemctl\n')
+    program.chmod(0o755)
+    (debian.root / "run/systemd/system").mkdir(parents=True)
+    return told
+
+
+def test_the_service_is_started_tried_again_and_stopped(
+    package: Path, debian: Debian, systemctl: Path
+) -> None:
+    def acts(command: str) -> list[str]:
+        systemctl.write_text("")
+        debian.run(command)
+        lines = systemctl.read_text().splitlines()
+        return [
+            line.split()[-2]
+            for line in lines
+            if line.endswith(("start gpud.service", "stop gpud.service"))
+        ]
+
+    first, second = versions(package, debian)
+    assert acts(f"apt-get install --yes {first}") == ["start"]
+    assert "daemon-reload" in systemctl.read_text()
+    assert acts(f"apt-get install --yes {second}") == ["try-restart"]  # guests run on meanwhile
+    assert acts("apt-get remove --yes gpud") == ["stop"]
+
+
 def test_the_life_of_the_package(package: Path, debian: Debian) -> None:
-    tmp = debian.root / "tmp"
-    (tmp / "gpud-1.deb").write_bytes(package.read_bytes())
-    unpacked = tmp / "unpacked"
-    run("dpkg-deb", "--raw-extract", package, unpacked)
-    control = (unpacked / "DEBIAN/control").read_text()
-    newer = re.sub("^Version: .*", "Version: 999", control, flags=re.MULTILINE)
-    repack(unpacked, newer, tmp / "gpud-2.deb")
+    first, second = versions(package, debian)
 
     # A fresh server: everything is there, and what is not filled in is named.
-    installed = debian.run("apt-get install --yes /tmp/gpud-1.deb")
+    installed = debian.run(f"apt-get install --yes {first}")
     assert "fill in /etc/gpud/gpud.yaml" in installed
     assert "libvirt" in debian.run("id --groups --name gpud")
     assert debian.run("stat -c '%a %U %G' /etc/gpud /etc/gpud/gpud.yaml /var/lib/gpud") == (
@@ -158,7 +187,7 @@ def test_the_life_of_the_package(package: Path, debian: Debian) -> None:
     config = debian.root / "etc/gpud/gpud.yaml"
     config.write_text("# mine\n")
     debian.run("touch /var/lib/gpud/state.sqlite; chown gpud /var/lib/gpud/state.sqlite")
-    assert "fill in" not in debian.run("apt-get install --yes /tmp/gpud-2.deb")
+    assert "fill in" not in debian.run(f"apt-get install --yes {second}")
     assert debian.run("dpkg-query -W -f '${Version}' gpud") == "999"
     assert config.read_text() == "# mine\n"
 
@@ -210,6 +239,17 @@ def test_installed_without_a_package_and_uninstalled_nothing_is_left(tmp_path: P
     run(REPOSITORY / "systemd/uninstall.sh", "/usr/local", tmp_path)
     left = [path for path in tmp_path.rglob("*") if not path.is_dir()]
     assert left == [local / "lib/other"]
+
+
+def versions(package: Path, debian: Debian) -> tuple[str, str]:
+    """The package and a newer one, where ``debian`` sees them."""
+    tmp = debian.root / "tmp"
+    (tmp / "gpud-1.deb").write_bytes(package.read_bytes())
+    run("dpkg-deb", "--raw-extract", package, tmp / "unpacked")
+    control = (tmp / "unpacked/DEBIAN/control").read_text()
+    newer = re.sub("^Version: .*", "Version: 999", control, flags=re.MULTILINE)
+    repack(tmp / "unpacked", newer, tmp / "gpud-2.deb")
+    return "/tmp/gpud-1.deb", "/tmp/gpud-2.deb"
 
 
 def repack(tree: Path, control: str, package: Path) -> None:
