@@ -57,7 +57,8 @@ install -D -m 0644 "$here/lintian-overrides" "$root/usr/share/lintian/overrides/
 # What the environment's C code needs, in the names and versions of this distribution's packages.
 printf 'Source: gpud\n\nPackage: gpud\nArchitecture: any\n' >"$work/debian/control"
 mapfile -t binaries < <(find "$environment" -name '*.so*' -type f | sort)
-libraries=$(cd "$work" && dpkg-shlibdeps -O "${binaries[@]/#/-e}" | sed -n 's/^shlibs:Depends=//p')
+libraries=$(cd "$work" && dpkg-shlibdeps -O "${binaries[@]/#/-e}" 2>warnings | sed -n 's/^shlibs:Depends=//p') ||
+  { cat "$work/warnings" >&2; exit 1; }
 # As /usr/lib/gpud/bin/python3 names it: python3.11.
 python=$(basename -- "$(readlink -f "$environment/bin/python3")")
 
