@@ -16,7 +16,7 @@ IMAGE := $(CACHE)/guest-$(shell sha256sum tests/guest/build.sh | cut -c1-12).qco
 export GPUD_TEST_IMAGE := $(IMAGE)
 CHAOS_TESTS := tests/chaos tests/unit/lifecycle/test_whole_order.py $(wildcard tests/machine/test_chaos*.py)
 
-.PHONY: help setup demo test lint unit chaos-short chaos machine lab golden measure-boot bench deb install uninstall clean
+.PHONY: help setup demo test lint unit chaos-short chaos machine lab golden bench deb install uninstall clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
@@ -70,9 +70,6 @@ lab: setup ## a GPU server in a box: real IOMMU, VFIO, systemd, reboots; a quart
 
 golden: setup ## the golden image's recipe, for real but for the driver; a quarter of an hour
 	$(BIN)/pytest tests/machine/test_golden.py -v --timeout=3600
-
-measure-boot: setup ## order to startup script, against a plain runcmd seed; a quarter of an hour
-	@$(BIN)/python -m tests.machine.measure_boot
 
 bench: setup ## what gpud costs, in ratios to peers; QUICK=1 ends within five minutes, ONLY=family,…
 	@tests/setup.sh wrk virtinst

@@ -11,12 +11,12 @@ lib=$(dirname -- "$(realpath -- "$0")")
 
 systemd-sysusers "$lib/../sysusers.d/gpud.conf"
 
-# /sys is not this root's own unless the machine runs on it.
+systemd-tmpfiles --create --exclude-prefix=/sys "$lib/../tmpfiles.d/gpud.conf"
+
+# The kernel is this root's own where systemd runs, if not in a container, which may not change it.
 if [ -d /run/systemd/system ]; then
   modprobe -q vfio-pci || echo "gpud: module vfio-pci cannot be loaded; gpud doctor says more" >&2
-  systemd-tmpfiles --create "$lib/../tmpfiles.d/gpud.conf"
-else
-  systemd-tmpfiles --create --exclude-prefix=/sys "$lib/../tmpfiles.d/gpud.conf"
+  systemd-tmpfiles --create --prefix=/sys "$lib/../tmpfiles.d/gpud.conf" || true
 fi
 
 if [ "${1-}" != --keep-config ] && [ ! -e /etc/gpud/gpud.yaml ]; then
@@ -30,4 +30,4 @@ if [ -S /run/udev/control ]; then
   udevadm trigger --action=change --type=subsystems --subsystem-match=drivers
   udevadm settle --timeout=30 || true
 fi
-[ ! -d /run/systemd/system ] || systemctl daemon-reload
+[ ! -d /run/systemd/system ] || systemctl daemon-reload || true

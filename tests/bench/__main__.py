@@ -42,6 +42,7 @@ FAMILIES: dict[str, Callable[[Bench], AsyncIterator[Row]]] = {
     "orders": orders.measure,
     "boot": boot.measure,  # the longest last: it is what a quick run may have no time for
 }
+_JSON = Path("build/bench.json")
 _QUICK_S = 250.0
 """What is left of five minutes then is for ending guests and daemons."""
 
@@ -72,7 +73,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--only", default="", help=f"of {', '.join(FAMILIES)}; comma-separated")
     parser.add_argument("--quick", action="store_true", help="few rounds; ends within five minutes")
-    parser.add_argument("--json", type=Path, help="where all samples go")
+    parser.add_argument("--json", type=Path, default=_JSON, help="where all samples go")
     arguments = parser.parse_args()
     names = [name for name in arguments.only.split(",") if name] or list(FAMILIES)
     if unknown := [name for name in names if name not in FAMILIES]:

@@ -36,7 +36,7 @@ async def measure(bench: Bench) -> AsyncIterator[Row]:
         image = ImageStore(daemon.server.state_dir / "images").resolve("demo")
         race = Race(bench, daemon, starts, image, heard)
         sides = [race.gpud, race.runcmd, race.own_seed]
-        ours, runcmd, floor = await bench.take_turns("boot", bench.rounds(5, 1), *sides)
+        ours, runcmd, floor = await bench.take_turns("boot", bench.rounds(3, 1), *sides)
     what = "order → startup script started"
     yield Row(what, "the script in a plain runcmd seed", "s", ours, runcmd, Target(0.55))
     yield Row(what, "QEMU by hand with gpud's own seed and disk", "s", ours, floor, Target(1.05))

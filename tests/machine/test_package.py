@@ -113,38 +113,6 @@ def debian(tmp_path: Path) -> Debian:
     return debian
 
 
-@pytest.fixture
-def systemctl(debian: Debian) -> Path:
-    """What systemd was told, in a Debian that seems to run it."""
-    told = debian.root / "tmp/systemctl"
-    told.touch()
-    program = debian.root / "usr/local/bin/systemctl"
-    program.write_text('#!/bin/sh\necho "$@" >>/tmp/systemctl\n')
-    program.chmod(0o755)
-    (debian.root / "run/systemd/system").mkdir(parents=True)
-    return told
-
-
-def test_the_service_is_started_tried_again_and_stopped(
-    package: Path, debian: Debian, systemctl: Path
-) -> None:
-    def acts(command: str) -> list[str]:
-        systemctl.write_text("")
-        debian.run(command)
-        lines = systemctl.read_text().splitlines()
-        return [
-            line.split()[-2]
-            for line in lines
-            if line.endswith(("start gpud.service", "stop gpud.service"))
-        ]
-
-    first, second = versions(package, debian)
-    assert acts(f"apt-get install --yes {first}") == ["start"]
-    assert "daemon-reload" in systemctl.read_text()
-    assert acts(f"apt-get install --yes {second}") == ["try-restart"]  # guests run on meanwhile
-    assert acts("apt-get remove --yes gpud") == ["stop"]
-
-
 def test_the_life_of_the_package(package: Path, debian: Debian) -> None:
     first, second = versions(package, debian)
 
@@ -197,8 +165,9 @@ def test_the_life_of_the_package(package: Path, debian: Debian) -> None:
     assert not debian.holds("usr/bin/gpud")
     assert config.read_text() == "# mine\n"
     assert debian.holds("var/lib/gpud/state.sqlite")
-    qemu = f"bash -c 'exec -a /var/lib/gpud/instances/{GUEST}/disk.qcow2 sleep 60' & sleep 0.5; "
-    refused = debian.run(qemu + "dpkg --purge gpud", fails=True)
+    disk = f"/var/lib/gpud/instances/{GUEST}/disk.qcow2"
+    qemu = f"cp /bin/sleep /tmp/qemu-system-x86_64; (exec -a {disk} /tmp/qemu-system-x86_64 60) & "
+    refused = debian.run(f"{qemu} sleep 1; dpkg --purge gpud", fails=True)
     assert GUEST in refused
     assert "virsh destroy" in refused
     assert debian.holds("var/lib/gpud/state.sqlite")
