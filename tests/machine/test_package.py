@@ -60,7 +60,7 @@ class Debian:
             text=True,
             check=False,
             env={
-                "PATH": "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+                "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
                 "DEBIAN_FRONTEND": "noninteractive",
             },
         )
