@@ -30,4 +30,4 @@ if [ -S /run/udev/control ]; then
   udevadm trigger --action=change --type=subsystems --subsystem-match=drivers
   udevadm settle --timeout=30 || true
 fi
-[ ! -d /run/systemd/system ] || systemctl daemon-reload || true || true
+[ ! -d /run/systemd/system ] || systemctl daemon-reload || true
