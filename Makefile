@@ -16,7 +16,7 @@ IMAGE := $(CACHE)/guest-$(shell sha256sum tests/guest/build.sh | cut -c1-12).qco
 export GPUD_TEST_IMAGE := $(IMAGE)
 CHAOS_TESTS := tests/chaos tests/unit/lifecycle/test_whole_order.py $(wildcard tests/machine/test_chaos*.py)
 
-.PHONY: help setup demo test lint unit chaos-short chaos machine lab golden bench deb install uninstall clean
+.PHONY: help setup demo test lint unit chaos-short chaos machine lab golden bench docs deb install uninstall clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
@@ -74,6 +74,9 @@ golden: setup ## the golden image's recipe, for real but for the driver; a quart
 bench: setup ## what gpud costs, in ratios to peers; QUICK=1 ends within five minutes, ONLY=family,…
 	@tests/setup.sh wrk virtinst
 	@$(BIN)/python -m tests.bench $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
+
+docs: $(VENV)/.ready ## the reference of the configuration, from the configuration itself
+	@$(BIN)/gpud config explain > docs/configuration.md
 
 deb: ## a Debian package for this distribution, into dist/
 	@systemd/deb/build.sh

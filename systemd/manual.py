@@ -1,4 +1,4 @@
-"""Writes gpud's manual pages: gpud(1) from the command itself, gpud.yaml(5) from ``config/gpud.yaml``.
+"""Writes gpud's manual pages: gpud(1) from the command, gpud.yaml(5) from what it tells of keys.
 
 Run by ``install.sh`` with the Python that gpud is installed for; the pages are mdoc(7).
 """
@@ -13,17 +13,14 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 
 import click
 
-import gpud.data
 from gpud.cli import main as command
+from gpud.explained import Key, Topic, preface, topics
 
-_KEY = re.compile(r"^( *)(- )?([a-z_]+):(?: +(.*))?$")
-_COMMENT = re.compile(r"^ *(?:- )?# ?(.*)$")
 _SENTENCE = re.compile(r"(?<=[\w)`'\"][.?!]) +")
 _SHARED = 4
 """An option that so many commands have is told of once."""
@@ -62,8 +59,7 @@ def main() -> None:
     """Write both pages into the directory that is named."""
     directory = Path(sys.argv[1])
     (directory / "gpud.1").write_text(command_page(command), encoding="utf-8")
-    config = files(gpud.data).joinpath("config/gpud.yaml").read_text(encoding="utf-8")
-    (directory / "gpud.yaml.5").write_text(config_page(config), encoding="utf-8")
+    (directory / "gpud.yaml.5").write_text(config_page(), encoding="utf-8")
 
 
 def command_page(group: click.Group) -> str:
@@ -89,17 +85,15 @@ def command_page(group: click.Group) -> str:
     )
 
 
-def config_page(text: str) -> str:
+def config_page() -> str:
     """gpud.yaml(5): every key with its comment."""
-    head, _, body = text.partition("\n\n")
-    preface = [_COMMENT.sub(r"\1", line) for line in head.splitlines()]
     return (
         _head("GPUD.YAML", 5)
         + ".Sh NAME\n.Nm gpud.yaml\n.Nd configuration of gpud\n"
-        + f".Sh DESCRIPTION\n{_paragraphs(chr(10).join(preface))}"
+        + f".Sh DESCRIPTION\n{_paragraphs(chr(10).join(preface()))}"
         + ".Pp\nKeys are shown with their defaults, or with an example where they have none;\n"
         + ".Li a.b\nis key\n.Li b\nbelow\n.Li a ,\nand\n.Li a[].b\nthat of each entry of a list.\n"
-        + f".Sh KEYS\n.Bl -tag -width Ds\n{''.join(_keys(body))}.El\n"
+        + f".Sh KEYS\n.Bl -tag -width Ds\n{''.join(map(_entry, topics()))}.El\n"
         + ".Sh FILES\n.Bl -tag -width Ds\n.It Pa /etc/gpud/gpud.yaml\n"
         + "What the service reads; owned by root, and readable for group\n.Li gpud .\n"
         + ".It Pa /usr/share/doc/gpud/examples/gpud.yaml\nThis page as a file.\n.El\n"
@@ -170,41 +164,18 @@ def _environment(leaves: list[click.Context]) -> str:
     )
 
 
-def _keys(body: str) -> Iterator[str]:
-    """Keys that follow each other without a comment between them share the one above the first."""
-    path: list[tuple[int, str]] = []
-    comment: list[str] = []
-    keys: list[str] = []
-    for line in [*body.splitlines(), ""]:
-        said, key = _COMMENT.match(line), _KEY.match(line)
-        if keys and (said or not line):
-            yield _entry(keys, comment)
-            keys, comment = [], []
-        if said:
-            comment.append(said[1])
-        if line.lstrip().startswith("- "):
-            path = [*((indent, name) for indent, name in path if indent < _indent(line))]
-            path[-1] = (path[-1][0], path[-1][1].removesuffix("[]") + "[]")
-        if key:
-            indent = _indent(line) + 2 * bool(key[2])
-            path = [(at, name) for at, name in path if at < indent] + [(indent, key[3])]
-            value, _, beside = (key[4] or "").partition("  #")
-            comment += [beside.strip()] if beside else []
-            keys.append(".".join(name for _, name in path) + (f": {value}" if value else ""))
+def _entry(topic: Topic) -> str:
+    first, *others = (f".It Li {_text(_quoted(_shown(one)))}\n" for one in topic.keys)
+    return first + (_paragraphs("\n".join(topic.lines)) if topic.lines else "") + "".join(others)
 
 
-def _entry(keys: list[str], comment: list[str]) -> str:
-    first, *others = (f".It Li {_text(_quoted(key))}\n" for key in keys)
-    return first + (_paragraphs("\n".join(comment)) if comment else "") + "".join(others)
+def _shown(key: Key) -> str:
+    return f"{key.path}: {key.shown}" if key.shown else key.path
 
 
 def _quoted(key: str) -> str:
     """An argument of a macro, which would take a word such as ``Li`` or ``Ar`` for another macro."""
     return '"' + key.replace('"', '""') + '"'
-
-
-def _indent(line: str) -> int:
-    return len(line) - len(line.lstrip())
 
 
 def _paragraphs(text: str) -> str:

@@ -6,12 +6,13 @@ import asyncio
 import faulthandler
 import os
 from dataclasses import asdict
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
 import click
 
-from gpud import adminclient, app, systemd, tables
+from gpud import adminclient, app, explained, systemd, tables
 from gpud.api.web import openapi_document
 from gpud.audit.look import look
 from gpud.cli.options import config_option, json_option, socket_of
@@ -75,6 +76,23 @@ def config_check(file: Path) -> None:
     config = load_config(file)
     shapes = sum(len(offer.gpu_counts) for offer in config.offers)
     click.echo(f"{file}: ok, {shapes} shapes on offer")
+
+
+@config_group.command("explain")
+@click.argument("keys", metavar="[KEY]...", nargs=-1)
+def config_explain(keys: tuple[str, ...]) -> None:
+    """Tell what a KEY such as server.tls means, what it may be, and its default; without one, all."""
+    if not keys:
+        click.echo(explained.document(), nl=False)
+        return
+    known = list(explained.topics())
+    for key in keys:
+        found = [one for one in known if one.is_about(key)]
+        if not found:
+            paths = [one.path for topic in known for one in topic.keys]
+            near = ", ".join(get_close_matches(key, paths)) or "gpud config explain shows all"
+            raise GpudError(Code.CONFIG_INVALID, f"there is no key {key}", hint=near)
+        click.echo("\n\n".join(map(str, found)))
 
 
 @click.command()
