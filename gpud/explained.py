@@ -174,8 +174,8 @@ def _allowed(at: Schema, schema: Schema) -> str:
             words = f"a list of {_several(_allowed(where['items'], schema))}"
         case "object":
             words = "" if "properties" in where else "a mapping"
-        case kind:
-            words = _KINDS[where.get("format", kind)]
+        case _:
+            words = _KINDS[where.get("format") or where["type"]]
     return words
 
 

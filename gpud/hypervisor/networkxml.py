@@ -10,6 +10,8 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Final
 from xml.etree import ElementTree as ET
 
+from gpud.hypervisor.domainxml import METADATA_NAMESPACE
+
 _LEASE_MINUTES: Final = 2
 """dnsmasq withholds an address while a former guest's lease of it lasts: as short as it allows."""
 
@@ -48,6 +50,9 @@ def render(spec: NetworkSpec) -> str:
     """Give the network XML of ``spec``, indented, ready for ``virNetworkDefineXML``."""
     network = ET.Element("network")
     ET.SubElement(network, "name").text = spec.name
+    # By this the package knows what it may take away when it is purged.
+    metadata = ET.SubElement(network, "metadata")
+    ET.SubElement(metadata, "gpud:network", {"xmlns:gpud": METADATA_NAMESPACE})
     ET.SubElement(network, "forward", mode="nat")
     ET.SubElement(network, "bridge", name=spec.bridge, stp="on", delay="0")
     # Guests do not see each other's frames. This says nothing about guest and host.

@@ -21,7 +21,8 @@ _INTEL_ON: Final = "intel_iommu=on"
 _NO_TRANSLATION: Final = "iommu=pt"
 _OFF: Final = ("iommu=off", "intel_iommu=off", "amd_iommu=off", "intremap=off")
 _NAME: Final = "IOMMU"
-_TABLES: Final = "/sys/firmware/acpi/tables"
+_INTELS_TABLE: Final = "/sys/firmware/acpi/tables/DMAR"
+_AMDS_TABLE: Final = "/sys/firmware/acpi/tables/IVRS"
 
 
 def isolation(server: Server, seen: Seen) -> Iterator[Item]:
@@ -43,14 +44,14 @@ def isolation(server: Server, seen: Seen) -> Iterator[Item]:
 
 
 def _absent(server: Server, seen: Seen) -> Iterator[Item]:
-    name = "VT-d" if seen.vendor == INTEL else "AMD-Vi (IOMMU)"
-    if not _in_firmware(server, seen):
+    name = "VT-d" if _is_intels(server, seen) else "AMD-Vi (IOMMU)"
+    if not _in_firmware(server):
         yield by_hand(
             _NAME,
             f"the firmware shows none: {name} is off, or this server has none",
             f"turn on {name} in the firmware's setup; then gpud setup again",
         )
-    elif seen.vendor != INTEL or _INTEL_ON in seen.arguments:
+    elif not _is_intels(server, seen) or _INTEL_ON in seen.arguments:
         yield by_hand(
             _NAME,
             "the firmware shows it, and Linux does not use it",
@@ -64,7 +65,7 @@ def arguments(server: Server, seen: Seen) -> tuple[str, ...]:
     wanted = []
     if _INTEL_ON in ours or _intel_on(server, seen):
         wanted.append(_INTEL_ON)
-    usable = seen.iommu.present or _in_firmware(server, seen)
+    usable = seen.iommu.present or _in_firmware(server)
     if _NO_TRANSLATION in ours or (usable and _undecided(seen)):
         wanted.append(_NO_TRANSLATION)
     return tuple(wanted)
@@ -72,12 +73,12 @@ def arguments(server: Server, seen: Seen) -> tuple[str, ...]:
 
 def _intel_on(server: Server, seen: Seen) -> bool:
     """Whether the next boot would lack ``intel_iommu=on``, and need it."""
-    if seen.vendor != INTEL or any(one in _OFF for one in seen.arguments):
+    if not _is_intels(server, seen) or any(one in _OFF for one in seen.arguments):
         return False
     if _INTEL_ON in seen.arguments:  # given by hand in GRUB's menu, this once
         config = server.text(bootloader.GRUB_CONFIG)  # empty for who may not read it
         return bootloader.is_grub(server) and bool(config) and _INTEL_ON not in config
-    return not seen.iommu.present and _in_firmware(server, seen)
+    return not seen.iommu.present and _in_firmware(server)
 
 
 def _undecided(seen: Seen) -> bool:
@@ -85,6 +86,13 @@ def _undecided(seen: Seen) -> bool:
     return not (told or seen.untranslated)
 
 
-def _in_firmware(server: Server, seen: Seen) -> bool:
-    """Whether the firmware tells of an IOMMU, by its ACPI table: Intel's DMAR, AMD's IVRS."""
-    return server.exists(f"{_TABLES}/{'DMAR' if seen.vendor == INTEL else 'IVRS'}")
+def _in_firmware(server: Server) -> bool:
+    """Whether the firmware tells of an IOMMU, by its ACPI table."""
+    return server.exists(_INTELS_TABLE) or server.exists(_AMDS_TABLE)
+
+
+def _is_intels(server: Server, seen: Seen) -> bool:
+    """Whose IOMMU it is, or would be. An emulated server may have another's than its CPU."""
+    if _in_firmware(server):
+        return server.exists(_INTELS_TABLE)
+    return seen.vendor == INTEL

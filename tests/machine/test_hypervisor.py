@@ -318,6 +318,7 @@ async def test_network_gives_each_guest_its_own_address(system: str) -> None:
             connection = libvirt.open(system)
             names = {network.name() for network in connection.listAllNetworks()}
             network = connection.networkLookupByName(spec.name)
+            assert "https://gpu.ai/xmlns/gpud" in network.XMLDesc()  # by which a purge knows it
             network.destroy()
             network.undefine()
             connection.close()

@@ -21,6 +21,9 @@ def test_network_is_nat_with_guests_kept_apart() -> None:
     assert render(SPEC).splitlines() == [
         "<network>",
         "  <name>gpud</name>",
+        "  <metadata>",
+        '    <gpud:network xmlns:gpud="https://gpu.ai/xmlns/gpud/1" />',
+        "  </metadata>",
         '  <forward mode="nat" />',
         '  <bridge name="gpud" stp="on" delay="0" />',
         '  <port isolated="yes" />',
