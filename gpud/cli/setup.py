@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -67,10 +68,11 @@ def setup(
                 "only root may change this server",
                 hint="sudo gpud setup; gpud setup --dry-run only looks",
             )
-        if undo:
-            status = _undo(server, dry_run=dry_run, yes=yes)
-        else:
-            status = _setup(server, config_file, early, (dry_run, yes, as_json))
+        with nullcontext() if dry_run or as_json else server.alone():
+            if undo:
+                status = _undo(server, dry_run=dry_run, yes=yes)
+            else:
+                status = _setup(server, config_file, early, (dry_run, yes, as_json))
     except (GpudError, OSError) as error:
         click.echo(f"Error: {error}", err=True)
         ctx.exit(2)

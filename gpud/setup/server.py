@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
+from gpud.errors import Code, GpudError
 from gpud.host.sysfs import Sysfs
+
+LOCK: Final = "/run/gpud-setup.lock"
 
 
 @dataclass(frozen=True)
@@ -49,3 +56,23 @@ class Server:
             return sorted(one.name for one in self.at(directory).iterdir())
         except OSError:
             return []
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Change it while nobody else's ``gpud setup`` does.
+
+        Raises:
+            GpudError: Another one is at it.
+        """
+        path = self.at(LOCK)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise GpudError(
+                    Code.HOST_COMMAND_FAILED,
+                    "another gpud setup is changing this server",
+                    hint="wait until it has ended",
+                ) from None
+            yield

@@ -6,7 +6,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,26 @@ from tests.lab.lab import Lab, running_lab
 _ROWS = pytest.StashKey[list[tuple[str, str, float]]]()
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def _lab(request: pytest.FixtureRequest) -> AsyncIterator[Lab]:
-    """The server, booted and with gpud in it; one for all scenarios."""
+@asynccontextmanager
+async def _booted(request: pytest.FixtureRequest, what: str, *, bare: bool) -> AsyncIterator[Lab]:
+    """The server in a directory of its own, with a row of the table for its start."""
     # Not pytest's own directory: a Unix socket's path has a hundred characters at most.
     directory = Path(tempfile.mkdtemp(prefix="gpud-lab.", dir="/var/tmp"))
     cache = Path(os.environ["GPUD_TEST_IMAGE"]).parent
     began = time.monotonic()
     try:
-        async with running_lab(directory, cache) as lab:
-            took_s = time.monotonic() - began
-            request.config.stash[_ROWS].append(
-                ("the server boots, gpud is installed", "ok", took_s)
-            )
+        async with running_lab(directory, cache, bare=bare) as lab:
+            request.config.stash[_ROWS].append((what, "ok", time.monotonic() - began))
             yield lab
     finally:
         shutil.rmtree(directory)
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def _lab(request: pytest.FixtureRequest) -> AsyncIterator[Lab]:
+    """The server, booted and with gpud in it; one for all scenarios."""
+    async with _booted(request, "the server boots, gpud is installed", bare=False) as lab:
+        yield lab
 
 
 @pytest_asyncio.fixture(loop_scope="session")
@@ -51,6 +56,28 @@ async def lab(_lab: Lab, request: pytest.FixtureRequest) -> AsyncIterator[Lab]:
         raise
 
 
+@pytest_asyncio.fixture(loop_scope="session")
+async def bare(request: pytest.FixtureRequest) -> AsyncIterator[Lab]:
+    """A server as Debian's installer leaves it, without gpud."""
+    async with _booted(request, "a bare server boots", bare=True) as lab:
+        yield lab
+        if getattr(request.node, "failed", False) and not lab.server.dead:
+            print(await lab.server.run("journalctl -u gpud -o cat --no-pager -n 60"))
+
+
+@pytest.fixture
+def step(request: pytest.FixtureRequest) -> Callable[[str], AbstractAsyncContextManager[None]]:
+    """Makes a part of a scenario a row of the table."""
+
+    @asynccontextmanager
+    async def step(what: str) -> AsyncIterator[None]:
+        began = time.monotonic()
+        yield
+        request.config.stash[_ROWS].append((f"  {what}", "ok", time.monotonic() - began))
+
+    return step
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = []
 
@@ -58,8 +85,15 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Any:
     result = yield
-    item.deaths_before = item.funcargs["lab"].deaths  # type: ignore[attr-defined]
+    item.deaths_before = _deaths(item)  # type: ignore[attr-defined]
     return result
+
+
+def _deaths(item: pytest.Item) -> int:
+    """How often the server of a scenario has died of its emulation."""
+    given = item.funcargs  # type: ignore[attr-defined]
+    deaths: int = (given.get("lab") or given["bare"]).deaths
+    return deaths
 
 
 @pytest.hookimpl(wrapper=True)
@@ -68,7 +102,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
     if report.when == "call":
         item.failed = report.failed  # type: ignore[attr-defined]
         result: str = "ok" if report.passed else str(report.outcome)
-        if item.funcargs["lab"].deaths > item.deaths_before:  # type: ignore[attr-defined]
+        if _deaths(item) > item.deaths_before:  # type: ignore[attr-defined]
             result += ", after the emulated server had died once"
         sentence = (item.function.__doc__ or item.name).splitlines()[0]  # type: ignore[attr-defined]
         item.config.stash[_ROWS].append((sentence.rstrip("."), result, report.duration))
@@ -85,4 +119,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.line(f"{'scenario':{width}} {'seconds':>8}  result")
     for sentence, result, seconds in rows:
         terminalreporter.line(f"{sentence:{width}} {seconds:8.0f}  {result}")
-    terminalreporter.line(f"{'all':{width}} {sum(row[2] for row in rows):8.0f}")
+    all_s = sum(seconds for sentence, _, seconds in rows if not sentence.startswith(" "))
+    terminalreporter.line(f"{'all':{width}} {all_s:8.0f}")

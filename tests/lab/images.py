@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import sys
-import tomllib
 from pathlib import Path
 
 from tests.lab.mishaps import nvml_answers
@@ -19,21 +19,19 @@ from tests.machine.server import test_image
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
+PACKAGE = "gpud.deb"
+NEXT_PACKAGE = "gpud-next.deb"
+NEXT_VERSION = "999"
 _PAYLOAD_FILES = ("install.sh", "70-gpud-local.rules")
 
 
 async def server_image(cache: Path) -> Path:
     """The directory with the server's image; built where this version of it is not there yet."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    requirements = "".join(f"{line}\n" for line in project["project"]["dependencies"])
     script = HERE / "build.sh"
-    built = cache / f"lab-server-{_digest(script.read_bytes(), requirements.encode())}"
+    built = cache / f"lab-server-{_digest(script.read_bytes())}"
     if not built.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        listed = cache / f"lab-requirements.{os.getpid()}"
-        listed.write_text(requirements)
-        await output_of(str(script), str(listed), str(built), timeout_s=1200)
-        listed.unlink()
+        await output_of(str(script), str(built), timeout_s=1200)
     return built
 
 
@@ -59,7 +57,7 @@ async def guest_images(server: Path, cache: Path) -> dict[str, Path]:
 
 
 async def payload(directory: Path, config: str, jwks: str, images: dict[str, Path]) -> Path:
-    """A disk with all that is installed in the server: gpud's wheel, its files, its configuration.
+    """A disk with all that is installed: gpud's package and the next one, its configuration.
 
     Args:
         directory: Where to make it.
@@ -69,9 +67,7 @@ async def payload(directory: Path, config: str, jwks: str, images: dict[str, Pat
     """
     content = directory / "payload"
     content.mkdir()
-    await output_of(sys.executable, "-m", "pip", "-qq", "--disable-pip-version-check", "wheel",
-                    "--no-deps", "--wheel-dir", str(content), str(ROOT), timeout_s=300)  # fmt: skip
-    shutil.copytree(ROOT / "systemd", content / "systemd")
+    await _packages(content)
     for name in _PAYLOAD_FILES:
         shutil.copy(HERE / name, content)
     nvml = str(ROOT / "tests/fake_nvml/library.py")
@@ -87,6 +83,22 @@ async def payload(directory: Path, config: str, jwks: str, images: dict[str, Pat
                     "-d", str(content), str(disk), f"{size_mib}M")  # fmt: skip
     shutil.rmtree(content)
     return disk
+
+
+async def _packages(directory: Path) -> None:
+    """Gpud's package, and the same once more as a newer version."""
+    built = await output_of(str(ROOT / "systemd/deb/build.sh"), str(directory), timeout_s=300)
+    package = Path(built.strip()).rename(directory / PACKAGE)
+    tree = directory / "unpacked"
+    await output_of("dpkg-deb", "--raw-extract", str(package), str(tree))
+    control = tree / "DEBIAN/control"
+    newer = re.sub(
+        "^Version: .*", f"Version: {NEXT_VERSION}", control.read_text(), flags=re.MULTILINE
+    )
+    control.write_text(newer)
+    await output_of("dpkg-deb", "--root-owner-group", "-Zgzip", "-z1", "--build", str(tree),
+                    str(directory / NEXT_PACKAGE))  # fmt: skip
+    shutil.rmtree(tree)
 
 
 def _digest(*parts: bytes) -> str:

@@ -43,13 +43,16 @@ class Lab:
         issuer_url: Where GPU.ai gets its tokens.
         tunnel: GPU.ai's end of the guests' tunnels.
         directory: Where this run keeps its files.
+        bare: The server is as Debian's installer leaves it, without gpud.
     """
 
     def __init__(
-        self, image: Path, payload: Path, issuer_url: str, tunnel: TunnelEnd, directory: Path
-    ) -> None:
+        self, image: Path, payload: Path, issuer_url: str, tunnel: TunnelEnd, directory: Path,
+        *, bare: bool,
+    ) -> None:  # fmt: skip
         self.tunnel = tunnel
         self.deaths = 0
+        self._bare = bare
         self._image = image
         self._payload = payload
         self._issuer_url = issuer_url
@@ -71,17 +74,18 @@ class Lab:
         return self._caller
 
     async def start(self) -> None:
-        """Boot a new server and install gpud in it."""
+        """Boot a new server, and unless it is to be bare, install gpud in it."""
         directory = self._directory / f"server-{self.deaths}"
         directory.mkdir()
-        self._server = GpuServer(self._image, self._payload, directory)
+        self._server = GpuServer(self._image, self._payload, directory, bare=self._bare)
         self._open.push_async_callback(self._server.stop)
         await self._server.start()
         await self._server.run("mkdir /payload && mount -o ro /dev/vdb /payload")
-        await self._server.run("bash /payload/install.sh /payload", timeout_s=300)
         api_url = f"http://127.0.0.1:{self._server.api_port}"
         self._caller = await self._open.enter_async_context(gpu_ai(api_url, self._issuer_url))
-        await self._caller.wait_for_offerings(timeout_s=120)
+        if not self._bare:
+            await self._server.run("bash /payload/install.sh /payload", timeout_s=300)
+            await self._caller.wait_for_offerings(timeout_s=120)
 
     async def stop(self) -> None:
         """Cut the server's power."""
@@ -308,8 +312,8 @@ class Lab:
 
 
 @asynccontextmanager
-async def running_lab(directory: Path, cache: Path) -> AsyncIterator[Lab]:
-    """Build what is missing, boot the server, install gpud in it."""
+async def running_lab(directory: Path, cache: Path, *, bare: bool) -> AsyncIterator[Lab]:
+    """Build what is missing, boot the server, and unless it is to be bare, install gpud in it."""
     image = await images.server_image(cache)
     guests = await images.guest_images(image, cache)
     issuer_url = f"http://127.0.0.1:{free_port()}"
@@ -323,18 +327,19 @@ async def running_lab(directory: Path, cache: Path) -> AsyncIterator[Lab]:
         stack.callback(tunnel.sshd.stop)
         jwks = await _fetch(f"{issuer_url}/.well-known/jwks.json")
         payload = await images.payload(directory, _config(issuer_url), jwks, guests)
-        lab = Lab(image, payload, issuer_url, tunnel, directory)
+        lab = Lab(image, payload, issuer_url, tunnel, directory, bare=bare)
         stack.push_async_callback(lab.stop)
         await lab.start()
         yield lab
 
 
-def scenario(act: Callable[[Lab], Awaitable[None]]) -> Callable[[Lab], Awaitable[None]]:
+def scenario(act: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
     """A test that is repeated, once, if the emulated server dies of its emulation meanwhile."""
 
     @functools.wraps(act)
-    async def survive(lab: Lab) -> None:
-        await lab.survive(lambda: act(lab))
+    async def survive(**given: Any) -> None:
+        lab = next(one for one in given.values() if isinstance(one, Lab))
+        await lab.survive(lambda: act(**given))
 
     return survive
 

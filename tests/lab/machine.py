@@ -14,11 +14,9 @@ from tests.machine.processes import Program, free_port, output_of
 MEMORY_MIB = 5120
 CORES = 4
 
-# Without nested paging: with it, as QEMU 7.2 emulates it, now and then a guest hung in its boot loader or
-# the server's kernel panicked, presumably over guests in real mode. Without it, boots take longer.
-_KERNEL_ARGUMENTS = (
-    "root=/dev/vda ro console=ttyS0 quiet intel_iommu=on iommu=pt mitigations=off kvm_amd.npt=0"
-)
+GRUB_CONFIG = "/boot/grub/grub.cfg"
+# What `gpud setup` has GRUB add to the server's kernel command line.
+_IOMMU_ON = "intel_iommu=on iommu=pt"
 # A systemd credential (systemd.system-credentials(7)): the image itself lets nobody in.
 _KEY_CREDENTIAL = "opt/io.systemd.credentials/ssh.authorized_keys.root"
 _BOOT_TIMEOUT_S = 240
@@ -34,16 +32,20 @@ class GpuServer:
         image: What ``build.sh`` has made.
         payload: A disk image with what is installed in it.
         directory: Where this run keeps its files.
+        bare: As Debian's installer leaves it; otherwise its IOMMU is already in use.
     """
 
-    def __init__(self, image: Path, payload: Path, directory: Path) -> None:
+    def __init__(self, image: Path, payload: Path, directory: Path, *, bare: bool) -> None:
         self.directory = directory
         self._image = image
         self._payload = payload
+        self._bare = bare
         self._ssh_port = free_port()
         self.api_port = free_port()
-        self._qemu = Program("QEMU", self._command(), directory / "qemu.log", {})
+        self.metrics_port = free_port()
+        self._qemu = Program("QEMU", [], directory / "qemu.log", {})
         self._qmp: Qmp | None = None
+        self._off = False
         self.missing: list[hardware.Card] = []
 
     async def start(self) -> None:
@@ -57,7 +59,25 @@ class GpuServer:
         )
         hardware.make_disks(self.directory)
         self._write_ssh_config()
+        arguments = _arguments((self._image / "grub.cfg").read_text())
+        await self._switch_on(arguments if self._bare else f"{arguments} {_IOMMU_ON}")
+
+    async def reboot(self) -> None:
+        """Shut it down and switch it on again, as its own GRUB now says."""
+        arguments = _arguments(await self.run(f"cat {GRUB_CONFIG}"))
+        self._off = True
+        await self.run("systemctl --no-block poweroff")
+        async with asyncio.timeout(_BOOT_TIMEOUT_S):
+            while self._qemu.running:
+                await asyncio.sleep(0.5)
+        await self._leave()
+        self.qmp.close()
+        await self._switch_on(arguments)
+
+    async def _switch_on(self, arguments: str) -> None:
+        self._qemu.argv = self._command(arguments)
         self._qemu.start()
+        self._off = False
         await self.wait_for_boot()
         self._qmp = await Qmp.connect(self.directory / "qmp.sock")
 
@@ -131,7 +151,7 @@ class GpuServer:
         """Whether its kernel has panicked, as its serial console tells, or QEMU itself has."""
         console = self.directory / "console.log"
         panicked = console.exists() and b"Kernel panic" in console.read_bytes()
-        return panicked or not self._qemu.running
+        return panicked or not (self._qemu.running or self._off)
 
     def _ssh(self) -> list[str]:
         return ["ssh", "-F", str(self.directory / "ssh_config"), "server"]
@@ -161,9 +181,10 @@ Host server
   ControlPersist yes
   StreamLocalBindUnlink yes
   LocalForward {self.admin_socket} /run/gpud/gpud.sock
+  LocalForward 127.0.0.1:{self.metrics_port} 127.0.0.1:9487
 """)
 
-    def _command(self) -> list[str]:
+    def _command(self, arguments: str) -> list[str]:
         here, image = self.directory, self._image
         forwards = (
             f"hostfwd=tcp:127.0.0.1:{self._ssh_port}-:22,"
@@ -185,6 +206,12 @@ Host server
             "qemu-system-x86_64",
             *shlex.split(options),
             "-append",
-            _KERNEL_ARGUMENTS,
+            arguments,
             *hardware.devices(here),
         ]
+
+
+def _arguments(grub_config: str) -> str:
+    """What the first entry of GRUB's menu starts Linux with."""
+    line = next(line.split() for line in grub_config.splitlines() if line.split()[:1] == ["linux"])
+    return " ".join(line[2:])

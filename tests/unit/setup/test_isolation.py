@@ -40,6 +40,13 @@ async def test_an_amd_server_uses_its_iommu_by_itself(host: Host) -> None:
     assert change.what == "boot Linux with iommu=pt"
 
 
+async def test_whose_iommu_it_is_its_table_tells_and_not_the_cpu(host: Host) -> None:
+    host.write("/proc/cpuinfo", AMD)
+    host.without_iommu()
+    change = await host.change("kernel arguments")
+    assert change.what == "boot Linux with intel_iommu=on iommu=pt"
+
+
 @pytest.mark.parametrize("told", ["iommu=nopt", "iommu.passthrough=0", "iommu=pt"])
 async def test_what_the_operator_decided_on_translation_stays(host: Host, told: str) -> None:
     given(host, f"intel_iommu=on {told}")

@@ -76,6 +76,18 @@ def test_anybody_may_look_and_only_root_may_change(gpud: Gpud, host: Host) -> No
     assert Server().uid >= 0
 
 
+def test_two_at_once_do_not_change_one_server(gpud: Gpud, host: Host) -> None:
+    no_vfio(host)
+    with host.server.alone():
+        for words in (("--yes",), ("--undo", "--yes")):
+            result = gpud(*words)
+            assert (result.exit_code, host.ran) == (2, [])
+            assert "another gpud setup is changing this server (wait" in result.stderr
+        assert gpud("--dry-run").exit_code == 1
+    assert gpud("--yes").exit_code == 1
+    assert host.ran
+
+
 def test_no_is_an_answer(gpud: Gpud, host: Host) -> None:
     no_vfio(host)
     result = gpud(input="n\n")
