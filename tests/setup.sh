@@ -15,7 +15,7 @@ packages=(
   # the lab's small guest
   cpio
   # the far end of the guest's tunnel, and what the tests look with
-  openssh-server openssh-client prometheus nginx caddy xorriso shellcheck git curl ca-certificates
+  openssh-server openssh-client prometheus nginx caddy xorriso shellcheck git curl jq ca-certificates
   systemd man-db mandoc
   "$@"
 )

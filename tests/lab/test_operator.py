@@ -1,0 +1,151 @@
+"""An operator's server, from a bare Debian to sales and back, by the package and its own words alone.
+
+What the operator brings along is small: apt, systemctl, an editor, a reboot. The rest he is told.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+
+import pytest
+
+from tests.lab.hardware import FOR_SALE
+from tests.lab.images import NEXT_PACKAGE, NEXT_VERSION, PACKAGE
+from tests.lab.lab import Lab, scenario, script
+from tests.lab.machine import GpuServer
+from tests.machine.prometheus import Prometheus
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+Step = Callable[[str], AbstractAsyncContextManager[None]]
+
+APT = "DEBIAN_FRONTEND=noninteractive apt-get --yes --no-install-recommends"
+EXPOSURE = 2.0
+TO_FILL_IN = ("auth.issuer", "auth.audience", "site.region", "site.datacenter_location", "offers")
+
+
+async def faults(server: GpuServer) -> dict[str, str]:
+    """What must be mended, and how, as `gpud doctor` has it."""
+    told = json.loads(await server.run("gpud doctor --json || [ $? -le 2 ]", timeout_s=180))
+    found = [one for one in told["verdicts"] if one["level"] == "fault"]
+    return {f"{one['name']}: {one['what']}": one["mend"] for one in found}
+
+
+async def service(server: GpuServer, wanted: str) -> dict[str, str]:
+    """What systemd says of the service, once it is in that state."""
+    shown = await server.run(
+        f"timeout 60 sh -c 'until [ $(systemctl is-active gpud) = {wanted} ]; do sleep 1; done';"
+        " systemctl show gpud -p NRestarts,ExecMainStatus,User,WatchdogUSec",
+        timeout_s=90,
+    )
+    return dict(line.split("=", 1) for line in shown.splitlines())
+
+
+@scenario
+async def test_an_operators_server(bare: Lab, step: Step) -> None:
+    """An operator's server: installed, mended, sold, watched, drained, upgraded, removed."""
+    lab, server = bare, bare.server
+
+    async with step("the package is installed; the service names what is to be filled in"):
+        await server.run("cp /payload/70-gpud-local.rules /etc/udev/rules.d/70-cards.rules")  # the lab's cards
+        told = await server.run(f"{APT} install /payload/{PACKAGE} 2>&1", timeout_s=300)
+        assert "fill in /etc/gpud/gpud.yaml" in told
+        state = await service(server, "failed")
+        assert state["ExecMainStatus"] == "78"
+        assert state["NRestarts"] == "0"
+        log = await server.run("systemctl status --lines 30 gpud || true")
+        assert [key for key in TO_FILL_IN if f"{key}: not filled in" not in log] == []
+
+    async with step("filled in, it serves, unprivileged and in its sandbox"):
+        await server.run(
+            "install -m 0640 -g gpud /payload/gpud.yaml /payload/issuer.jwks /etc/gpud/"
+        )
+        await server.run("gpud config check && systemctl restart gpud", timeout_s=120)
+        state = await service(server, "active")
+        assert state["User"] == "gpud"
+        assert await lab.caller.offerings() == []
+        security = await server.run("systemd-analyze security --no-pager gpud", timeout_s=120)
+        overall = re.search(r"Overall exposure level for gpud\.service: ([0-9.]+)", security)
+        assert overall is not None
+        assert float(overall[1]) <= EXPOSURE
+
+    async with step("doctor's words are followed: setup, a reboot, an image"):
+        found = await faults(server)
+        assert any("IOMMU" in one for one in found), found
+        assert any("gpud setup" in mend for mend in found.values()), found
+        planned = await server.run("gpud setup --dry-run || [ $? -le 3 ]", timeout_s=180)
+        assert "intel_iommu=on iommu=pt" in planned
+        made = await server.run("gpud setup --yes || [ $? = 3 ] || [ $? = 1 ]", timeout_s=300)
+        assert "reboot" in made
+        await server.reboot()
+        await service(server, "active")
+        found = await faults(server)
+        (mend,) = (mend for one, mend in found.items() if one.startswith("image"))
+        add = re.search(r"runuser -u gpud -- gpud image add FILE --name \w+", mend)
+        assert add is not None, mend
+        # Unsealed: the lab's small guest is no whole system.
+        await server.run(
+            f"{add[0].replace('FILE', '/payload/small.raw')} --unsealed", timeout_s=300
+        )
+        assert await faults(server) == {}
+        await lab.offered(len(FOR_SALE))
+
+    prometheus = Prometheus(server.directory, f"127.0.0.1:{server.metrics_port}")
+    prometheus.program.start()
+    try:
+        async with step("an order is filled, and Prometheus shows it"):
+            await prometheus.ready()
+            upstream_id = await lab.order(script())
+            await lab.running(upstream_id)
+            await prometheus.until('gpud_instances{status="running"}', 1)
+            await prometheus.until('sum(gpud_gpus{state="in use"})', 1)
+            screen = await lab.command("status")
+            assert upstream_id in screen
+
+        async with step("drained: nothing is sold, what runs stays"):
+            await lab.command("drain", "--all")
+            await lab.offered(0)
+            status, _ = await lab.try_order(script())
+            assert status == 409
+            assert (await lab.caller.show(upstream_id))["status"] == "running"
+
+        async with step("upgraded under the guest, which does not notice"):
+            await server.run(f"{APT} install /payload/{NEXT_PACKAGE}", timeout_s=300)
+            await service(server, "active")
+            await lab.back()
+            assert NEXT_VERSION in await server.run("dpkg-query -W -f '${Version}' gpud")
+            assert (await lab.caller.show(upstream_id))["status"] == "running"
+            assert (await lab.instance(upstream_id))["restarts"] == 0
+            await lab.offered(0)  # it is still drained
+            await lab.command("check")
+            await prometheus.until('gpud_instances{status="running"}', 1)
+    finally:
+        prometheus.program.stop()
+
+    async with step("removed: the guest runs on, and is still there when gpud comes back"):
+        guests = "pgrep --count --full guest=gpud-"
+        before = await server.run(guests)
+        await server.run(f"{APT} remove gpud", timeout_s=300)
+        assert await server.run(guests) == before
+        assert await server.run("test -e /usr/bin/gpud || echo gone") == "gone\n"
+        refused = await server.run(f"{APT} purge gpud 2>&1 && false || true", timeout_s=300)
+        assert upstream_id in refused
+        await server.run(f"{APT} install /payload/{NEXT_PACKAGE}", timeout_s=300)
+        await service(server, "active")
+        await lab.back()
+        assert (await lab.caller.show(upstream_id))["status"] == "running"
+
+    async with step("the order ends; setup is undone; purged, nothing is left"):
+        await lab.delete(upstream_id)
+        await lab.command("undrain", "--all")
+        await lab.offered(len(FOR_SALE))
+        undone = await server.run("gpud setup --undo --yes || [ $? = 3 ]", timeout_s=300)
+        assert "reboot" in undone
+        assert "intel_iommu" not in await server.run("cat /boot/grub/grub.cfg")
+        await server.run(f"{APT} purge gpud", timeout_s=300)
+        left = "find / -xdev -path /proc -prune -o -path /payload -prune -o -iname '*gpud*' -print"
+        assert await server.run(left, timeout_s=120) == ""
+        assert await server.run("virsh --quiet net-list --all --name") == "default\n"
