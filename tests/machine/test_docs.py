@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import re
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Final
 
 import pytest
@@ -35,6 +35,18 @@ IN_TURN: Final = sorted(
     PAGES, key=lambda page: (page != ROOT / "docs/operations.md", page == ROOT / "README.md")
 )
 """The one that shows what a guest prints is first, the one that names another image `base` is last."""
+
+HERE: Final = re.compile(
+    r"gpud (?!setup|serve|dev)|gpud setup --dry-run|curl |sed -i '[^']*' /etc/gpud/gpud\.yaml$"
+)
+"""How a command begins that is typed here, where it is root who types: nothing else is."""
+
+SERVICE: Final = {
+    "systemctl stop gpud": ("stop",),
+    "systemctl start gpud": ("start",),
+    "systemctl restart gpud": ("stop", "start"),
+}
+"""What systemd would do to the daemon, and is done to this one, which it has not started."""
 
 LAB: Final = "tests/lab/test_operator.py"
 ELSEWHERE: Final = (
@@ -88,12 +100,6 @@ class Stage:
         self.prompt = Prompt(self.directory, {**server.env, "TOKEN": caller.token})
         self._public_key = public_key
         (self.directory / "ubuntu.qcow2").symlink_to(guest_image())
-        self.acts: Mapping[str, Callable[[], Awaitable[None]]] = {
-            "systemctl stop gpud": self._stop,
-            "systemctl start gpud": self._start,
-            "systemctl restart gpud": self._restart,
-            "systemctl reload gpud": self._reload,
-        }
 
     def names(self) -> dict[str, str]:
         """What stands in the documents for what is here; the longer of two that begin alike first."""
@@ -130,8 +136,10 @@ class Stage:
         Raises:
             AssertionError: It ended otherwise than is documented.
         """
-        if (act := self.acts.get(command.text)) is not None:
-            await act()
+        assert command.text in SERVICE or HERE.match(OF_THE_ADMINISTRATOR.sub("", command.text))
+        if command.text in SERVICE:
+            for act in SERVICE[command.text]:
+                await (self._stop() if act == "stop" else self.server.start_daemon())
             return ""
         status, output = self.prompt.run(self.here(command.text))
         expected = next(
@@ -161,17 +169,7 @@ class Stage:
                 await asyncio.sleep(0.1)
 
     async def _stop(self) -> None:
-        self.server.daemon.stop()
-
-    async def _start(self) -> None:
-        await self.server.start_daemon()
-
-    async def _restart(self) -> None:
-        await self._stop()
-        await self._start()
-
-    async def _reload(self) -> None:
-        await self.server.gpud("reload")
+        await asyncio.to_thread(self.server.daemon.stop)
 
 
 @pytest.fixture
@@ -223,6 +221,15 @@ def test_what_is_not_typed_here_is_done_elsewhere() -> None:
             for word in words:
                 assert word in text, f"{command}\n{file} does not do it: no {word!r}"
     assert not left, "no document has these any more"
+
+
+def test_every_command_has_its_place() -> None:
+    for command in (one for page in PAGES for one in commands_of(page)):
+        typed = OF_THE_ADMINISTRATOR.sub("", command.text)
+        here = typed in SERVICE or HERE.match(typed)
+        assert here or elsewhere(command), (
+            f"{command}\nis neither typed here nor named in ELSEWHERE"
+        )
 
 
 def orders(command: Command) -> bool:
