@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 from urllib.parse import quote, urlencode
 
 import aiohttp
@@ -15,6 +15,16 @@ import aiohttp
 from gpud.errors import Code, GpudError, Problem
 
 _POLL_S = 1.0
+
+
+class Target(Protocol):
+    """Where an answer of any length goes, such as a file."""
+
+    def write(self, text: bytes, /) -> object:
+        """Take the next part."""
+
+    def flush(self) -> None:
+        """Pass on what was taken."""
 
 
 def get(socket: Path, path: str) -> Any:  # noqa: ANN401 - whatever JSON the daemon answers
@@ -35,7 +45,7 @@ def post(socket: Path, path: str, body: dict[str, str] | None = None) -> Any:  #
     return asyncio.run(_post(socket, path, body or {}))
 
 
-def copy(socket: Path, path: str, target: BinaryIO) -> None:
+def copy(socket: Path, path: str, target: Target) -> None:
     """Copy an answer of any length to ``target`` as it comes.
 
     Raises:
@@ -110,7 +120,7 @@ async def _post(socket: Path, path: str, body: dict[str, str]) -> Any:  # noqa: 
         return await response.json()
 
 
-async def _copy(socket: Path, path: str, target: BinaryIO) -> None:
+async def _copy(socket: Path, path: str, target: Target) -> None:
     async with _asked(socket, "GET", path) as response:
         async for chunk in response.content.iter_any():
             target.write(chunk)

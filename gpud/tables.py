@@ -104,7 +104,7 @@ GPUS: Sequence[Column] = (
 )
 IMAGES: Sequence[Column] = (
     ("NAME", lambda row: row["name"]),
-    ("SHA256", lambda row: row["digest"][:16]),
+    ("SHA256", lambda row: row["digest"].removeprefix("sha256:")[:12]),
     ("SIZE", lambda row: _size(row["size_bytes"])),
     ("DISK", lambda row: _size(row["virtual_size_bytes"])),
     ("SEALED", lambda row: "yes" if row["sealed"] else "unknown"),

@@ -83,7 +83,7 @@ def _files(instance: Instance, facts: Facts) -> Iterator[Finding]:
                 instance.upstream_id,
                 f"is {instance.status.value}, and {file} is gone",
                 "its guest may run on, and cannot be started again:"
-                f" gpud instances stop {instance.upstream_id}",
+                f" gpud instances stop {instance.upstream_id} --reason 'its disk is gone'",
             )
 
 

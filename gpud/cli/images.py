@@ -10,12 +10,13 @@ import click
 
 from gpud import tables
 from gpud.cli.options import config_option, json_option
-from gpud.config import Config
+from gpud.config import Config, Log
 from gpud.configfile import load_config
 from gpud.doctor.check import Verdict, exit_status
 from gpud.golden import judge, seal
 from gpud.guest.image import ImageStore
 from gpud.guest.intake import Judge
+from gpud.telemetry import set_up_logging
 
 _firmware_option = click.option(
     "--firmware",
@@ -41,6 +42,7 @@ def image_add(
     file: Path, name: str, sha256: str | None, config_file: Path, *, unsealed: bool
 ) -> None:
     """Copy a qcow2 or raw FILE into the image store; refused where it is not fit to be cloned."""
+    set_up_logging(Log(level="error"))
     config = load_config(config_file)
 
     async def fit(copy: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import click
 
 from gpud import adminclient, tables
 from gpud.cli.options import config_option, json_option, present, socket_of, watch_option
+from gpud.screens.terminal import SafeTerminal
 
 
 @click.command()
@@ -77,5 +78,9 @@ def offers(config_file: Path, *, as_json: bool, watch: bool) -> None:
 @config_option
 def console(instance_id: str, config_file: Path, *, follow: bool) -> None:
     """Show what the guest of instance ID has printed on its serial console."""
-    adminclient.copy(socket_of(config_file), adminclient.console_path(instance_id, follow=follow),
-                     sys.stdout.buffer)  # fmt: skip
+    path = adminclient.console_path(instance_id, follow=follow)
+    if not sys.stdout.isatty():
+        adminclient.copy(socket_of(config_file), path, sys.stdout.buffer)
+        return
+    with closing(SafeTerminal(sys.stdout.buffer)) as terminal:
+        adminclient.copy(socket_of(config_file), path, terminal)

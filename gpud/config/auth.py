@@ -52,20 +52,20 @@ class Auth(Section):
     leeway_s: Annotated[float, Field(ge=0, le=300)] = 30
     client_ids: list[str] = []
     scopes: list[str] = []
-    jwks_url: HttpsUrl | None = None
     key_files: list[AbsolutePath] = []
     introspection: Introspection | None = None
+    jwks_url: HttpsUrl | None = None
     jwks_refresh_s: Seconds = 600
     jwks_min_interval_s: Seconds = 30
     http_timeout_s: Seconds = 10
     remembered_tokens: Annotated[int, Field(ge=0, le=1_000_000)] = 4096
 
-    @field_validator("introspection")
+    @field_validator("jwks_url")
     @classmethod
-    def _one_key_source(
-        cls, value: Introspection | None, info: ValidationInfo
-    ) -> Introspection | None:
-        sources = [info.data.get("jwks_url"), info.data.get("key_files"), value]
+    def _one_key_source(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if not {"key_files", "introspection"} <= info.data.keys():
+            return value  # one of them was given, and is told to be wrong
+        sources = [value, info.data["key_files"], info.data["introspection"]]
         if sum(bool(source) for source in sources) != 1:
             raise ValueError("give exactly one of jwks_url, key_files and introspection")
         return value

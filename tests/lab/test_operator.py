@@ -50,7 +50,9 @@ async def test_an_operators_server(bare: Lab, step: Step) -> None:
     lab, server = bare, bare.server
 
     async with step("the package is installed; the service names what is to be filled in"):
-        await server.run("cp /payload/70-gpud-local.rules /etc/udev/rules.d/70-cards.rules")  # the lab's cards
+        await server.run(
+            "cp /payload/70-gpud-local.rules /etc/udev/rules.d/70-cards.rules"
+        )  # the lab's cards
         told = await server.run(f"{APT} install /payload/{PACKAGE} 2>&1", timeout_s=300)
         assert "fill in /etc/gpud/gpud.yaml" in told
         state = await service(server, "failed")

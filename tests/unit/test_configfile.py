@@ -75,7 +75,7 @@ def test_the_file_that_a_package_brings_tells_of_each_key_that_must_be_filled_in
     empty = [
         "auth.issuer", "auth.audience", "site.region", "site.datacenter_location", "offers",
     ]  # fmt: skip
-    source = {"auth.introspection": "give exactly one of jwks_url, key_files and introspection | "}
+    source = {"auth.jwks_url": "give exactly one of jwks_url, key_files and introspection | "}
     assert problems(text) == dict.fromkeys(empty, "not filled in | ") | source
 
 
@@ -152,7 +152,7 @@ network: {mode: bridge, last_address: 10.77.0.1}
     )
     assert found.keys() >= {
         "line 4, site", "server.port", "server.body_timeout_s", "server.lissen", "metrics.port",
-        "auth.algorithms[0]", "auth.introspection", "site.datacenter_location",
+        "auth.algorithms[0]", "auth.jwks_url", "site.datacenter_location",
         "offers[0].gpu_type", "offers[0].gpu_counts", "offers[0].per_gpu.cpu_cores",
         "offers[0].per_gpu.memory_gib", "offers[0].per_gpu.storage_gib", "network.mode",
         "network.last_address",
@@ -194,9 +194,9 @@ def test_what_cannot_be_is_refused(section: str, key: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("auth", "key", "words"),
     [
-        ("{issuer: a, audience: [b]}", "auth.introspection", "exactly one"),
+        ("{issuer: a, audience: [b]}", "auth.jwks_url", "exactly one"),
         ("{issuer: a, audience: [b], jwks_url: 'https://x/y', key_files: [/a.pem]}",
-         "auth.introspection", "exactly one"),
+         "auth.jwks_url", "exactly one"),
         ("{issuer: a, audience: [b], jwks_url: 'http://auth.example.com/jwks'}", "auth.jwks_url",
          "loopback only"),
         ("{issuer: a, audience: [b], jwks_url: 'ftp://x'}", "auth.jwks_url", "not an http(s) URL"),
@@ -215,6 +215,7 @@ def test_auth_is_judged(auth: str, key: str, words: str) -> None:
     text = f"auth: {auth}\nsite: {{region: US, datacenter_location: x}}"
     found = problems(text)
     assert words in found[key]
+    assert "introspection" not in auth or len(found) == 1
     assert "hunter2" not in str(found)
 
 
