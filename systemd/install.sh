@@ -59,12 +59,14 @@ from gpud.cli import main
 main(prog_name="gpud")
 LAUNCHER
 chmod 0755 "$stage$lib/bin/gpud"
+# Here rather than where it is installed: there it takes longer than all the rest, and the daemon's user could not keep
+# its own. It holds no dates, and where the file will be.
+"$python" -I -m compileall -q -j 0 --invalidation-mode unchecked-hash -s "$stage" -p / "$stage$lib/lib"
 mkdir -p "$stage$prefix/bin"
 ln -s "../lib/gpud/bin/gpud" "$stage$prefix/bin/gpud"
 
 say "manual and completions"
-# Byte code goes elsewhere: it would hold this path.
-staged() { "$stage$lib/bin/python3" -I -X "pycache_prefix=$work/bytecode" "$@"; }
+staged() { "$stage$lib/bin/python3" -I -B "$@"; }
 share=$stage$prefix/share
 mkdir -p "$work/man" "$share/man/man1" "$share/man/man5"
 staged "$here/manual.py" "$work/man"

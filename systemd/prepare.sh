@@ -6,9 +6,6 @@
 set -eu
 lib=$(dirname -- "$(realpath -- "$0")")
 
-# Byte code for this machine's interpreter: the daemon's user could not keep its own.
-"$lib/bin/python3" -I -m compileall -q -j 0 "$lib/lib" >/dev/null || true
-
 systemd-sysusers "$lib/../sysusers.d/gpud.conf"
 
 systemd-tmpfiles --create --exclude-prefix=/sys "$lib/../tmpfiles.d/gpud.conf"

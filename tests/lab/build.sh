@@ -67,7 +67,6 @@ cd "$1"
 echo gpu-server >etc/hostname
 printf '127.0.0.1 localhost gpu-server\n' >etc/hosts
 printf '[Match]\nDriver=virtio_net\n[Network]\nDHCP=ipv4\nLinkLocalAddressing=no\n' >etc/systemd/network/10-uplink.network
-printf '%s\n' kvm_amd vhost_net >etc/modules-load.d/server.conf
 printf 'PermitRootLogin prohibit-password\nUseDNS no\nUsePAM no\n' >etc/ssh/sshd_config.d/lab.conf
 chroot . systemctl --quiet enable systemd-networkd
 chroot . systemctl --quiet mask apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer \
