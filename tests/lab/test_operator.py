@@ -76,13 +76,16 @@ async def test_an_operators_server(bare: Lab, step: Step) -> None:
 
     async with step("doctor's words are followed: setup, a reboot, an image"):
         found = await faults(server)
-        assert any("IOMMU" in one for one in found), found
+        print("\n".join(f"{what}: {mend}" for what, mend in found.items()))
         assert any("gpud setup" in mend for mend in found.values()), found
         planned = await server.run("gpud setup --dry-run || [ $? -le 3 ]", timeout_s=180)
-        assert "intel_iommu=on iommu=pt" in planned
+        print(planned)
+        # Debian's kernel uses Intel's IOMMU unasked.
+        assert "boot Linux with iommu=pt" in planned
         made = await server.run("gpud setup --yes || [ $? = 3 ] || [ $? = 1 ]", timeout_s=300)
         assert "reboot" in made
         await server.reboot()
+        assert "iommu=pt" in await server.run("cat /proc/cmdline")
         await service(server, "active")
         found = await faults(server)
         (mend,) = (mend for one, mend in found.items() if one.startswith("image"))
@@ -146,7 +149,7 @@ async def test_an_operators_server(bare: Lab, step: Step) -> None:
         await lab.offered(len(FOR_SALE))
         undone = await server.run("gpud setup --undo --yes || [ $? = 3 ]", timeout_s=300)
         assert "reboot" in undone
-        assert "intel_iommu" not in await server.run("cat /boot/grub/grub.cfg")
+        assert "iommu=pt" not in await server.run("cat /boot/grub/grub.cfg")
         await server.run(f"{APT} purge gpud", timeout_s=300)
         left = "find / -xdev -path /proc -prune -o -path /payload -prune -o -iname '*gpud*' -print"
         assert await server.run(left, timeout_s=120) == ""
