@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Final
 
 from gpud.config import Config
+from gpud.doctor.account import Account
 from gpud.doctor.check import Check, Group, Verdict
 from gpud.errors import GpudError
 from gpud.guest import qcow2
@@ -27,7 +29,7 @@ async def image(config: Config, limit_s: float = _CHECK_S) -> list[Verdict]:
             lambda: ImageStore(config.state_dir / "images").resolve(name)
         )
     except GpudError as error:
-        return [_IMAGE.failed(error, f"gpud image add FILE --name {name}")]
+        return [_IMAGE.failed(error, _adding("FILE", config))]
     try:
         async with asyncio.timeout(limit_s):
             await asyncio.to_thread(qcow2.judge, found.path)
@@ -37,19 +39,28 @@ async def image(config: Config, limit_s: float = _CHECK_S) -> list[Verdict]:
     except (GpudError, OSError) as error:
         what = error.detail if isinstance(error, GpudError) else error.strerror
         said = _IMAGE.fault(
-            f"{name} is unsound: {what}", f"gpud image add FILE --name {name}, from its source"
+            f"{name} is unsound: {what}", f"{_adding('FILE', config)}, from its source"
         )
     else:
         said = _IMAGE.ok(f"{name}, {found.digest[:19]}, as it was when it was added")
-    return [said, _sealed(name, found), _fits(config, found)]
+    return [said, _sealed(config, found), _fits(config, found)]
 
 
-def _sealed(name: str, found: Image) -> Verdict:
+def _adding(file: str, config: Config) -> str:
+    """The command that adds an image: images must belong to the daemon's user."""
+    daemon = Account.owner(config.state_dir)
+    command = f"gpud image add {file} --name {config.guest.image}"
+    if daemon is None or daemon.uid == os.geteuid():
+        return command
+    return f"runuser -u {daemon.name} -- {command}"
+
+
+def _sealed(config: Config, found: Image) -> Verdict:
     if found.sealed:
         return _SEAL.ok("it was found fit to be cloned when it was added")
     return _SEAL.warning(
         "nobody looked whether it is fit to be cloned: guests may share host keys and a machine-id",
-        f"gpud image check {found.path}; if it is, gpud image add {found.path} --name {name}",
+        f"gpud image check {found.path}; if it is, {_adding(str(found.path), config)}",
     )
 
 

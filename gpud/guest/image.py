@@ -177,17 +177,18 @@ class ImageStore:
                     entry.unlink()
 
     def _make_directories(self) -> None:
+        there = self._root if self._root.is_dir() else self._root.parent
+        if there.is_dir() and there.stat().st_uid != os.geteuid():
+            # Linux lets an instance link only to a file of its own user (fs.protected_hardlinks).
+            raise GpudError(
+                Code.STATE_UNUSABLE,
+                f"{there} belongs to uid {there.stat().st_uid}, and so must all images in it",
+                hint="run this as the user that gpud runs as: runuser -u gpud -- gpud image add",
+            )
         for directory in (self._root, self._by_name):
             if not directory.is_dir():
                 directory.mkdir(parents=True)
                 directory.chmod(0o755)  # not left to the umask
-        if self._root.stat().st_uid != os.geteuid():
-            # Linux lets an instance link only to a file of its own user (fs.protected_hardlinks).
-            raise GpudError(
-                Code.STATE_UNUSABLE,
-                f"{self._root} belongs to uid {self._root.stat().st_uid}, and so must all images in it",
-                hint="run this as the user that gpud runs as",
-            )
 
     def _publish(self, candidate: Candidate, name: str) -> Image:
         digest = f"sha256:{candidate.sha256}"

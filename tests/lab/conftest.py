@@ -58,7 +58,7 @@ async def lab(_lab: Lab, request: pytest.FixtureRequest) -> AsyncIterator[Lab]:
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def bare(request: pytest.FixtureRequest) -> AsyncIterator[Lab]:
-    """A server as Debian's installer leaves it, without gpud."""
+    """A server without gpud, whose IOMMU somebody has turned off."""
     async with _booted(request, "a bare server boots", bare=True) as lab:
         yield lab
         if getattr(request.node, "failed", False) and not lab.server.dead:

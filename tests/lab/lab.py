@@ -43,7 +43,7 @@ class Lab:
         issuer_url: Where GPU.ai gets its tokens.
         tunnel: GPU.ai's end of the guests' tunnels.
         directory: Where this run keeps its files.
-        bare: The server is as Debian's installer leaves it, without gpud.
+        bare: The server is without gpud, and somebody has turned its IOMMU off.
     """
 
     def __init__(

@@ -15,6 +15,7 @@ MEMORY_MIB = 5120
 CORES = 4
 
 GRUB_CONFIG = "/boot/grub/grub.cfg"
+IOMMU_OFF = "intel_iommu=off"
 # What `gpud setup` has GRUB add to the server's kernel command line.
 _IOMMU_ON = "intel_iommu=on iommu=pt"
 # A systemd credential (systemd.system-credentials(7)): the image itself lets nobody in.
@@ -32,7 +33,7 @@ class GpuServer:
         image: What ``build.sh`` has made.
         payload: A disk image with what is installed in it.
         directory: Where this run keeps its files.
-        bare: As Debian's installer leaves it; otherwise its IOMMU is already in use.
+        bare: Without gpud, and somebody has turned its IOMMU off; otherwise it is in use.
     """
 
     def __init__(self, image: Path, payload: Path, directory: Path, *, bare: bool) -> None:
@@ -60,7 +61,7 @@ class GpuServer:
         hardware.make_disks(self.directory)
         self._write_ssh_config()
         arguments = _arguments((self._image / "grub.cfg").read_text())
-        await self._switch_on(arguments if self._bare else f"{arguments} {_IOMMU_ON}")
+        await self._switch_on(f"{arguments} {IOMMU_OFF if self._bare else _IOMMU_ON}")
 
     async def reboot(self) -> None:
         """Shut it down and switch it on again, as its own GRUB now says."""

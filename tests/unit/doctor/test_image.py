@@ -70,6 +70,15 @@ async def test_a_missing_image_is_to_be_added(tmp_path: Path) -> None:
     assert found[2] == "gpud image add FILE --name base"
 
 
+async def test_an_image_is_to_be_added_as_the_user_whose_the_others_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    mend = only(await image(make_config(tmp_path)))[2]
+    assert mend.startswith("runuser -u ")
+    assert mend.endswith(" -- gpud image add FILE --name base")
+
+
 async def test_an_image_that_was_written_to_is_a_fault(config: Config) -> None:
     os.utime(file_of(config), (1, 1))
     found = only(await image(config))

@@ -200,11 +200,27 @@ class TestAdd:
         assert len(names(root)) == 6
 
     async def test_store_of_another_user_is_refused(
-        self, store: ImageStore, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
+        self,
+        store: ImageStore,
+        root: Path,
+        make_image: MakeImage,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        source = make_image("s")
+        root.mkdir(parents=True)
         monkeypatch.setattr(os, "geteuid", lambda: 4711)
 
-        assert "belongs to uid" in await refusal(store, make_image("s"), Code.STATE_UNUSABLE)
+        assert "belongs to uid" in await refusal(store, source, Code.STATE_UNUSABLE)
+
+    async def test_the_first_image_is_not_added_as_another_user_than_the_daemons(
+        self, root: Path, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source, store = make_image("s"), ImageStore(root.parent / "new" / "images")
+        (root.parent / "new").mkdir(parents=True)
+        monkeypatch.setattr(os, "geteuid", lambda: 4711)
+
+        assert "belongs to uid" in await refusal(store, source, Code.STATE_UNUSABLE)
+        assert not (root.parent / "new" / "images").exists()
 
     async def test_full_disk_is_told_and_leaves_nothing(
         self,
