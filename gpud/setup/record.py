@@ -55,13 +55,18 @@ class Record:
         return self.made[key].fingerprints if key in self.made else []
 
     def save(self, server: Server) -> None:
-        """Put it to disk.
+        """Put it to disk; one of nothing leaves nothing there.
 
         Raises:
             GpudError: It cannot be written.
         """
         path = server.at(PATH)
         try:
+            if not (self.made or self.pending):
+                path.unlink(missing_ok=True)
+                if path.parent.is_dir():
+                    path.parent.rmdir()
+                return
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with replacing(path, mode=0o600) as stream:
                 text = json.dumps({"version": _VERSION, **asdict(self)}, indent=2)

@@ -66,7 +66,7 @@ mkdir -m 0755 "$root/DEBIAN"
 sed -e "s/@VERSION@/$version/; s/@ARCHITECTURE@/$architecture/; s/@PYTHON@/$python/" \
   -e "s/@LIBRARIES@/$libraries/; s/@INSTALLED_SIZE@/$(du -k -s --apparent-size "$root" | cut -f1)/" \
   "$here/control" >"$root/DEBIAN/control"
-for script in postinst prerm postrm; do
+for script in preinst postinst prerm postrm; do
   install -m 0755 "$here/$script" "$root/DEBIAN/$script"
 done
 (cd "$root" && find usr -type f -printf '%P\0' | sort -z | (cd usr && xargs -0 md5sum) | sed 's,  ,  usr/,') \

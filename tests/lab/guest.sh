@@ -32,7 +32,7 @@ kernel_at=2048
 initrd_at=$((kernel_at + $(sectors "$server/vmlinuz")))
 end=$((initrd_at + $(sectors "$work/initrd")))
 cat >"$work/grub.cfg" <<GRUB
-linux (hd0)$kernel_at+$(sectors "$server/vmlinuz") console=ttyS0,115200 quiet panic=5
+linux (hd0)$kernel_at+$(sectors "$server/vmlinuz") console=ttyS0,115200 quiet panic=5 mitigations=off
 initrd (hd0)$initrd_at+$(sectors "$work/initrd")
 boot
 GRUB

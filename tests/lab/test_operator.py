@@ -92,6 +92,7 @@ async def test_an_operators_server(bare: Lab, step: Step) -> None:
         assert "reboot" in made
         await server.reboot()
         assert "iommu=pt" in await server.run("cat /proc/cmdline")
+        await server.run("mount -o ro /dev/vdb /payload")
         await service(server, "active")
         found = await faults(server)
         (mend,) = (mend for one, mend in found.items() if one.startswith("guest.image"))
@@ -112,7 +113,7 @@ async def test_an_operators_server(bare: Lab, step: Step) -> None:
             upstream_id = await lab.order(script())
             await lab.running(upstream_id)
             await prometheus.until('gpud_instances{status="running"}', 1)
-            await prometheus.until('sum(gpud_gpus{state="in use"})', 1)
+            await prometheus.until('sum(gpud_gpus{state="in_use"})', 1)
             screen = await lab.command("status")
             assert upstream_id in screen
 
@@ -137,7 +138,7 @@ async def test_an_operators_server(bare: Lab, step: Step) -> None:
         prometheus.program.stop()
 
     async with step("removed: the guest runs on, and is still there when gpud comes back"):
-        guests = "pgrep --count --full guest=gpud-"
+        guests = "pgrep --count --full [g]uest=gpud-"
         before = await server.run(guests)
         await server.run(f"{APT} remove gpud", timeout_s=300)
         assert await server.run(guests) == before
@@ -157,6 +158,6 @@ async def test_an_operators_server(bare: Lab, step: Step) -> None:
         assert "reboot" in undone
         assert "iommu=pt" not in await server.run("cat /boot/grub/grub.cfg")
         await server.run(f"{APT} purge gpud", timeout_s=300)
-        left = "find / -xdev -path /proc -prune -o -path /payload -prune -o -iname '*gpud*' -print"
+        left = "find / -xdev -path /var/log/libvirt -prune -o -iname '*gpud*' -print"
         assert await server.run(left, timeout_s=120) == ""
         assert await server.run("virsh --quiet net-list --all --name") == "default\n"

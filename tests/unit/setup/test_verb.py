@@ -165,6 +165,7 @@ def test_undo_shows_asks_and_takes_back(gpud: Gpud, host: Host) -> None:
     result = gpud("--undo", input="y\n")
     assert (result.exit_code, f"takes back file {FILE}" in result.stdout) == (0, True)
     assert not host.server.exists(FILE)
+    assert not host.server.exists("/var/lib/gpud-setup")  # where it is noted what was made
 
 
 def test_an_undoing_that_needs_a_reboot_says_so(gpud: Gpud, host: Host) -> None:
