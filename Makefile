@@ -16,7 +16,7 @@ IMAGE := $(CACHE)/guest-$(shell sha256sum tests/guest/build.sh | cut -c1-12).qco
 export GPUD_TEST_IMAGE := $(IMAGE)
 CHAOS_TESTS := tests/chaos tests/unit/lifecycle/test_whole_order.py $(wildcard tests/machine/test_chaos*.py)
 
-.PHONY: help setup demo test lint unit chaos-short chaos machine lab golden bench docs deb install uninstall clean
+.PHONY: help setup demo test lint unit chaos-short chaos machine lab operator golden bench docs deb install uninstall clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
@@ -65,8 +65,11 @@ chaos: setup ## faults by the thousand into docs/chaos.md; CHAOS_CRASHES=1000, S
 machine: setup ## tests on real libvirt and QEMU
 	$(BIN)/pytest tests/machine -m 'not long' -v --timeout=900 --numprocesses 2
 
-lab: setup ## a GPU server in a box: real IOMMU, VFIO, systemd, reboots; a quarter of an hour
-	$(BIN)/pytest tests/lab -v --timeout=1500
+lab: setup ## a GPU server in a box: real IOMMU, VFIO, systemd, reboots; half an hour
+	$(BIN)/pytest tests/lab/test_lab.py -v --timeout=1500
+
+operator: setup ## the same box, from bare Debian to sales and back, by the package's own words; a quarter of an hour
+	$(BIN)/pytest tests/lab/test_operator.py -v --timeout=1800
 
 golden: setup ## the golden image's recipe, for real but for the driver; a quarter of an hour
 	$(BIN)/pytest tests/machine/test_golden.py -v --timeout=3600
