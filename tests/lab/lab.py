@@ -95,11 +95,12 @@ class Lab:
         """Do something; do it once more on a new server if this one dies of its emulation.
 
         QEMU's emulation of nested virtualisation has its flaws: now and then a page of the server's
-        kernel is overwritten, and it panics. Nothing else that goes wrong is forgiven.
+        kernel is overwritten, and it panics or hangs. Nothing else that goes wrong is forgiven.
         """
         doing = asyncio.ensure_future(act())
-        while not doing.done() and not self.server.dead:
-            await asyncio.wait([doing], timeout=1)
+        watching = asyncio.ensure_future(self.server.watch())
+        await asyncio.wait([doing, watching], return_when=asyncio.FIRST_COMPLETED)
+        watching.cancel()
         if self.server.dead:
             doing.cancel()
             await asyncio.wait([doing])

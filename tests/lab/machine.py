@@ -21,6 +21,9 @@ _IOMMU_ON = "intel_iommu=on iommu=pt"
 # A systemd credential (systemd.system-credentials(7)): the image itself lets nobody in.
 _KEY_CREDENTIAL = "opt/io.systemd.credentials/ssh.authorized_keys.root"
 _BOOT_TIMEOUT_S = 240
+_LOOK_EVERY_S = 10
+_GREETING_S = 30
+_SILENT_LOOKS = 3
 
 
 class GpuServer:
@@ -47,6 +50,8 @@ class GpuServer:
         self._qemu = Program("QEMU", [], directory / "qemu.log", {})
         self._qmp: Qmp | None = None
         self._off = False
+        self._up = False
+        self._hangs = False
         self.missing: list[hardware.Card] = []
 
     async def start(self) -> None:
@@ -66,7 +71,7 @@ class GpuServer:
     async def reboot(self) -> None:
         """Shut it down and switch it on again, as its own GRUB now says."""
         arguments = _arguments(await self.run(f"cat {GRUB_CONFIG}"))
-        self._off = True
+        self._up, self._off = False, True
         await self.run("systemctl --no-block poweroff")
         async with asyncio.timeout(_BOOT_TIMEOUT_S):
             while self._qemu.running:
@@ -95,6 +100,7 @@ class GpuServer:
                     raise
                 await asyncio.sleep(1)
             else:
+                self._up = True
                 return
 
     async def run(self, command: str, timeout_s: float = 60) -> str:
@@ -110,6 +116,7 @@ class GpuServer:
 
         What it had not flushed to its disk is lost, as is all in its memory.
         """
+        self._up = False
         await self._leave()
         await self.qmp.execute("system_reset")
         await self.wait_for_boot()
@@ -147,12 +154,35 @@ class GpuServer:
         """Leads to gpud's socket for its operator: the command costs seconds to start here."""
         return self.directory / "gpud.sock"
 
+    async def watch(self) -> None:
+        """Return when it is dead: when it hangs, its kernel has panicked, or QEMU has ended."""
+        silent = 0
+        while not self.dead:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            up = self._up  # it may go down meanwhile
+            answers = await self._answers()
+            silent = 0 if answers or not (up and self._up) else silent + 1
+            self._hangs = silent >= _SILENT_LOOKS
+
+    async def _answers(self) -> bool:
+        """Whether sshd still greets who comes, which takes seconds here at worst."""
+        writer = None
+        try:
+            async with asyncio.timeout(_GREETING_S):
+                reader, writer = await asyncio.open_connection("127.0.0.1", self._ssh_port)
+                return await reader.readline() != b""
+        except (OSError, TimeoutError):
+            return False
+        finally:
+            if writer is not None:
+                writer.close()
+
     @property
     def dead(self) -> bool:
-        """Whether its kernel has panicked, as its serial console tells, or QEMU itself has."""
+        """Whether it hangs, its kernel has panicked, as its serial console tells, or QEMU has ended."""
         console = self.directory / "console.log"
         panicked = console.exists() and b"Kernel panic" in console.read_bytes()
-        return panicked or not (self._qemu.running or self._off)
+        return panicked or self._hangs or not (self._qemu.running or self._off)
 
     def _ssh(self) -> list[str]:
         return ["ssh", "-F", str(self.directory / "ssh_config"), "server"]
