@@ -10,7 +10,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from gpud.cli import main
+from gpud.cli import images, main
 from tests.unit.golden.conftest import FIT, LEFT_BEHIND, TOOLS, MakeDisk
 from tests.unit.service import SETTINGS
 
@@ -21,7 +21,8 @@ UNSEALED = {**FIT, **LEFT_BEHIND}
 
 
 @pytest.fixture
-def gpud(tmp_path: Path) -> Gpud:
+def gpud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gpud:
+    monkeypatch.setattr(images, "set_up_logging", lambda _: None)  # it would outlive the test
     config_file = tmp_path / "gpud.yaml"
     config_file.write_text(yaml.safe_dump({**SETTINGS, "state_dir": str(tmp_path / "state")}))
     environment = {"GPUD_CONFIG": str(config_file), "TMPDIR": str(tmp_path)}
