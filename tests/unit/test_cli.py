@@ -142,7 +142,7 @@ def daemon(tmp_path: Path, images: ImageStore, config_file: Path) -> Iterator[Da
 def test_version_and_help(gpud: Callable[..., Result]) -> None:
     assert gpud("--version").output == f"gpud, version {__version__}\n"
     shown = gpud("-h").output
-    assert all(verb in shown for verb in main.commands)
+    assert [verb for verb in main.commands if verb not in shown] == []
 
 
 def test_openapi_prints_the_document(gpud: Callable[..., Result]) -> None:

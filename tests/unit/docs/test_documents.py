@@ -153,7 +153,9 @@ def option_of(command: click.Command, name: str) -> click.Option:
     Raises:
         AssertionError: It has none of that name.
     """
-    for one in command.get_params(click.Context(command)):
+    # A command keeps the help option that it is first asked for.
+    context = click.Context(command, help_option_names=["-h", "--help"])
+    for one in command.get_params(context):
         if isinstance(one, click.Option) and name in (*one.opts, *one.secondary_opts):
             return one
     raise AssertionError(f"{command.name}: no option {name}")
