@@ -58,7 +58,7 @@ class GpuAi:
         deadline = time.monotonic() + timeout_s
         while not (offerings := await self.offerings()):
             assert time.monotonic() < deadline, "nothing is offered"
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.6)  # server.limits: 120 a minute
         return offerings
 
     async def order(self, **body: object) -> dict[str, Any]:
