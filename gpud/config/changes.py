@@ -15,6 +15,7 @@ from gpud.config.whole import Config
 
 RELOADED: Final = frozenset(
     {
+        "server.public_url",
         "server.tls",
         "server.trusted_proxies",
         "server.proxy_header",

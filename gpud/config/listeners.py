@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from gpud.config.section import Section
-from gpud.configtypes import AbsolutePath, Port, Seconds
+from gpud.configtypes import AbsolutePath, HttpsUrl, Port, Seconds
 
 PerMinute = Annotated[int, Field(ge=10, le=1_000_000)] | None
 """Requests. At least 10: a caller who repeats a failed request twice must not be stopped by it."""
@@ -41,6 +41,7 @@ class Server(Section):
 
     listen: str = "0.0.0.0"  # noqa: S104 - GPU.ai calls from outside
     port: Port = 8443
+    public_url: HttpsUrl | None = None
     tls: Tls | None = None
     trusted_proxies: list[IPv4Network | IPv6Network] = []
     proxy_header: Literal["x-forwarded-for", "forwarded"] = "x-forwarded-for"

@@ -22,6 +22,7 @@ from gpud.doctor.clock import clock, kernel_status
 from gpud.doctor.host import kvm, virtualisation
 from gpud.doctor.image import image
 from gpud.doctor.machine import Machine
+from gpud.doctor.reach import reach
 from gpud.doctor.tokens import tokens
 from gpud.errors import GpudError
 from gpud.host.capacity import Capacity, measure
@@ -69,6 +70,7 @@ async def examine(config: Config, socket: Path, machine: Machine) -> list[Verdic
         *network.guests(config, asked, machine),
         port.port(config.server, daemon_up=daemon_up),
         of_firewall,
+        *await reach(config.server, daemon_up=daemon_up),
         *clock(kernel_status()),
         *certificate(config.server.tls, datetime.now(UTC), daemon),
         *of_tokens,
