@@ -35,8 +35,6 @@ def back_up(state_dir: Path, target: Path) -> None:
         raise GpudError(
             Code.STATE_UNUSABLE, f"{target} is there already", hint="give the backup another name"
         )
-    if not target.absolute().parent.is_dir():
-        raise GpudError(Code.STATE_UNUSABLE, f"there is no directory {target.absolute().parent}")
     with _finished_as(target) as unfinished:
         _copy(state_dir / STATE_FILE, unfinished)
 

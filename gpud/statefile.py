@@ -46,6 +46,7 @@ _MENDS: Final = {
     sqlite3.SQLITE_IOERR: "see the kernel's log: the disk fails, or is full",
 }
 _MENDS_OF_FILES: Final = {
+    errno.ENOENT: "its directory is not there; is its file system mounted?",
     errno.EACCES: _MAKE_WRITABLE,
     errno.EPERM: _MAKE_WRITABLE,
     errno.EROFS: _MAKE_WRITABLE,

@@ -98,8 +98,8 @@ say "documents"
 for file in README.md CHANGELOG.md ARCHITECTURE.md LICENSE; do
   place 0644 "../$file" "$prefix/share/doc/gpud/$file"
 done
-for file in "$repository"/docs/*.md; do
-  place 0644 "../docs/${file##*/}" "$prefix/share/doc/gpud/docs/${file##*/}"
+for file in "$repository"/docs/*.md "$repository"/docs/examples/*; do
+  place 0644 "../${file#"$repository"/}" "$prefix/share/doc/gpud/${file#"$repository"/}"
 done
 for file in gpud.yaml prometheus-alerts.yaml grafana-dashboard.json; do
   place 0644 "../config/$file" "$prefix/share/doc/gpud/examples/$file"

@@ -19,7 +19,7 @@ while IFS= read -r file; do
   rm -f -- "$root$file"
 done <"$lib/files"
 rm -rf -- "$lib"
-rmdir --ignore-fail-on-non-empty -- "$root$1/share/doc/gpud/"{docs,examples} "$root$1/share/doc/gpud"
+rmdir --ignore-fail-on-non-empty -- "$root$1/share/doc/gpud/"{docs/examples,docs,examples} "$root$1/share/doc/gpud"
 if [[ -z $root && -d /run/systemd/system ]]; then
   systemctl daemon-reload
   udevadm control --reload

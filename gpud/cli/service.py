@@ -87,12 +87,11 @@ def config_explain(keys: tuple[str, ...]) -> None:
         return
     known = list(explained.topics())
     for key in keys:
-        found = [one for one in known if one.is_about(key)]
-        if not found:
+        if not any(one.is_about(key) for one in known):
             paths = [one.path for topic in known for one in topic.keys]
             near = ", ".join(get_close_matches(key, paths)) or "gpud config explain shows all"
             raise GpudError(Code.CONFIG_INVALID, f"there is no key {key}", hint=near)
-        click.echo("\n\n".join(map(str, found)))
+    click.echo("\n\n".join(str(one) for one in known if any(map(one.is_about, keys))))
 
 
 @click.command()

@@ -112,8 +112,23 @@ class TextFile:
             raise _refused(f"{self.path} cannot be removed", error) from error
 
 
+class _OfOneState:
+    """What a part has that is there or is not: nothing of another shape can be where it goes."""
+
+    __slots__ = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """There is one state only."""
+        return ""
+
+    def in_the_way(self, server: Server, fingerprints: Collection[str]) -> str:  # noqa: ARG002
+        """Nothing can be."""
+        return ""
+
+
 @dataclass(frozen=True, slots=True)
-class Member:
+class Member(_OfOneState):
     """A user's membership in a group."""
 
     user: str
@@ -128,15 +143,6 @@ class Member:
     def act(self) -> str:
         """In words."""
         return f"adds {self.user} to the group {self.group}"
-
-    @property
-    def fingerprint(self) -> str:
-        """There is one state only."""
-        return ""
-
-    def in_the_way(self, server: Server, fingerprints: Collection[str]) -> str:  # noqa: ARG002
-        """Nothing can be."""
-        return ""
 
     async def holds(self, server: Server) -> bool:
         """Whether the group lists the user."""
@@ -157,7 +163,7 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class Unit(_OfOneState):
     """A systemd unit that is started, now and at each boot."""
 
     name: str
@@ -171,15 +177,6 @@ class Unit:
     def act(self) -> str:
         """In words."""
         return f"enables and starts {self.name}"
-
-    @property
-    def fingerprint(self) -> str:
-        """There is one state only."""
-        return ""
-
-    def in_the_way(self, server: Server, fingerprints: Collection[str]) -> str:  # noqa: ARG002
-        """Nothing can be."""
-        return ""
 
     async def holds(self, server: Server) -> bool:  # noqa: ARG002
         """Whether it is started at boot."""

@@ -3,11 +3,17 @@
 import pytest
 
 from tests.unit import conftest as unit
-from tests.unit.conftest import nvml_library, program_fence, socket_fence
+from tests.unit.conftest import (
+    clock,
+    nvml_library,
+    nvml_on,
+    program_fence,
+    socket_fence,
+    state_dir,
+)
 from tests.unit.lifecycle import conftest as lifecycle
 from tests.unit.lifecycle.conftest import (
     _quiet_log,
-    clock,
     gpud,
     image,
     kernel,
@@ -16,7 +22,6 @@ from tests.unit.lifecycle.conftest import (
     qemu_img,
     short_pauses,
     start_gpud,
-    state_dir,
 )
 
 __all__ = [
@@ -28,6 +33,7 @@ __all__ = [
     "libvirtd",
     "monotonic",
     "nvml_library",
+    "nvml_on",
     "program_fence",
     "qemu_img",
     "short_pauses",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +14,10 @@ import pytest
 import pytest_socket
 from hypothesis import settings
 
+from gpud.host.nvml import Nvml
+from gpud.store import Store
 from tests.fake_nvml import library
+from tests.unit.fakes.orders import Clock, quick_directory
 
 # A busy machine makes an example slow, not wrong.
 settings.register_profile("gpud", deadline=None, max_examples=40)
@@ -83,6 +86,39 @@ def program_fence(request: pytest.FixtureRequest) -> Iterator[ProgramFence]:
 def nvml_library() -> Path:
     """The directory of a ``libnvidia-ml.so.1`` that says what a text file says."""
     return library.build()
+
+
+NvmlOn = Callable[..., Nvml]
+
+
+@pytest.fixture
+def nvml_on(tmp_path: Path, nvml_library: Path) -> NvmlOn:
+    """The real bindings on a library that says this; said anew, it says that from then on."""
+
+    def say(text: str, timeout_s: float = 20) -> Nvml:
+        file = tmp_path / "nvml.txt"
+        file.write_text(text)
+        return Nvml(timeout_s, {"LD_LIBRARY_PATH": str(nvml_library), "FAKE_NVML": str(file)})
+
+    return say
+
+
+@pytest.fixture
+def state_dir() -> Iterator[Path]:
+    with quick_directory() as directory:
+        yield directory
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def store(state_dir: Path, clock: Clock) -> AsyncIterator[Store]:
+    store = await Store.open(state_dir, clock)
+    yield store
+    await store.close()
 
 
 @pytest.fixture(autouse=True)

@@ -152,8 +152,9 @@ def test_a_backup_of_a_damaged_state_is_refused_and_leaves_nothing(
 
 def test_a_backup_where_nothing_can_be_written_is_refused(state_dir: Path, tmp_path: Path) -> None:
     make_state(state_dir)
-    with pytest.raises(GpudError, match="there is no directory"):
+    with pytest.raises(GpudError, match="No such file or directory") as caught:
         back_up(state_dir, tmp_path / "gone" / "backup")
+    assert "its directory is not there" in caught.value.hint
 
 
 def test_a_backup_for_which_there_is_no_room_names_where(

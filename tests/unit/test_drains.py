@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -14,27 +13,9 @@ from gpud.drains import Drain
 from gpud.errors import GpudError
 from gpud.model import KnownCard, PciAddress
 from gpud.store import Store
-from tests.unit.fakes.orders import Clock, quick_directory
+from tests.unit.fakes.orders import Clock
 
 GPU, OTHER = PciAddress(0, 0x41, 0, 0), PciAddress(0, 0x42, 0, 0)
-
-
-@pytest.fixture
-def state_dir() -> Iterator[Path]:
-    with quick_directory() as directory:
-        yield directory
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-async def store(state_dir: Path, clock: Clock) -> AsyncIterator[Store]:
-    store = await Store.open(state_dir, clock)
-    yield store
-    await store.close()
 
 
 async def told(store: Store) -> list[tuple[str | None, str, str]]:

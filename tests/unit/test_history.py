@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -21,19 +21,6 @@ from tests.unit.lifecycle.gpud_under_test import RELEASE_STEPS
 
 GPU = PciAddress(0, 1, 0, 0)
 DAY_S = 86400.0
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-async def store(clock: Clock) -> AsyncIterator[Store]:
-    with quick_directory() as state_dir:
-        store = await Store.open(state_dir, clock)
-        yield store
-        await store.close()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -34,17 +34,6 @@ RELEASE = (*RELEASE_STEPS, Step.ENDED)
 CREATE = CREATE_STEPS[1:]
 
 OpenStore = Callable[[], Awaitable[Store]]
-
-
-@pytest.fixture
-def state_dir() -> Iterator[Path]:
-    with quick_directory() as directory:
-        yield directory
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

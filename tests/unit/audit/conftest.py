@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from tests.unit.lifecycle.conftest import (
     _quiet_log,
-    clock,
     gpud,
     image,
     kernel,
@@ -14,12 +13,10 @@ from tests.unit.lifecycle.conftest import (
     qemu_img,
     short_pauses,
     start_gpud,
-    state_dir,
 )
 
 __all__ = [
     "_quiet_log",
-    "clock",
     "gpud",
     "image",
     "kernel",
@@ -29,5 +26,4 @@ __all__ = [
     "qemu_img",
     "short_pauses",
     "start_gpud",
-    "state_dir",
 ]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import pytest
 
@@ -91,18 +90,3 @@ async def store() -> AsyncIterator[Store]:
 @pytest.fixture
 def server(store: Store) -> Server:
     return Server(store)
-
-
-NvmlOn = Callable[..., Nvml]
-
-
-@pytest.fixture
-def nvml_on(tmp_path: Path, nvml_library: Path) -> NvmlOn:
-    """The real bindings on a library that says this; said anew, it says that from then on."""
-
-    def say(text: str, timeout_s: float = 20) -> Nvml:
-        file = tmp_path / "nvml.txt"
-        file.write_text(text)
-        return Nvml(timeout_s, {"LD_LIBRARY_PATH": str(nvml_library), "FAKE_NVML": str(file)})
-
-    return say

@@ -17,8 +17,9 @@ from gpud.host.capacity import Capacity
 from gpud.inventory import CardState, Inventory, inventory
 from gpud.model import KnownCard, NumaNode, PciAddress, Step
 from gpud.store import Store
+from tests.unit.conftest import NvmlOn
 from tests.unit.fakes.orders import until
-from tests.unit.inventory.conftest import CONFIG, NvmlOn, Server
+from tests.unit.inventory.conftest import CONFIG, Server
 from tests.unit.inventory.parts import at, gpu, known
 
 STAND_INS = "gpus: {stand_ins: [{gpu_type: l40s, count: 2}, {gpu_type: rtx_4090, count: 1}]}"

@@ -20,9 +20,10 @@ from gpud.host.vfio import Handover
 from gpud.inventory import CardState, Inventory, Why, obstacles
 from gpud.model import PciAddress, Step
 from gpud.store import Store
+from tests.unit.conftest import NvmlOn
 from tests.unit.fakes.kernel import FakeKernel
 from tests.unit.fakes.orders import quick_directory
-from tests.unit.inventory.conftest import CONFIG, ROOMY, NvmlOn, Server
+from tests.unit.inventory.conftest import CONFIG, ROOMY, Server
 from tests.unit.inventory.parts import at
 
 GPU, AUDIO, OTHER = at("01"), at("01:00.1"), at("02")

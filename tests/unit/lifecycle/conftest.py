@@ -18,7 +18,7 @@ from gpud.inventory import bus
 from gpud.lifecycle import guests, worker
 from tests.unit.fakes.kernel import FakeKernel
 from tests.unit.fakes.libvirt_daemon import LibvirtDaemon
-from tests.unit.fakes.orders import Clock, quick_directory
+from tests.unit.fakes.orders import Clock
 from tests.unit.fakes.qemu_img import QemuImg, base_image
 from tests.unit.lifecycle.gpud_under_test import Gpud, StepsMapping, make_config, make_server
 
@@ -42,12 +42,6 @@ def _quiet_log() -> Iterator[None]:
 
 def _drop(_logger: object, _method: str, _event: object) -> str:
     raise structlog.DropEvent
-
-
-@pytest.fixture
-def state_dir() -> Iterator[Path]:
-    with quick_directory() as directory:
-        yield directory
 
 
 @pytest.fixture
@@ -75,11 +69,6 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guests, "_PAUSE_S", 0)
     monkeypatch.setattr(guests, "_PAUSE_AFTER_REPORT_S", 0)
     monkeypatch.setattr(guests, "_BOOT_EVERY_S", 0)
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from gpud.errors import Code, GpudError
-from gpud.host.nvml import Nvml
 from gpud.inventory import CardState
 from gpud.lifecycle import cleaning
 from gpud.lifecycle.outcome import Hop
 from gpud.model import Instance, PciAddress, Status, Step
+from tests.unit.conftest import NvmlOn
 from tests.unit.fakes.kernel import FakeKernel
 from tests.unit.fakes.libvirt_daemon import Guest, LibvirtDaemon
 from tests.unit.fakes.orders import gpu, until
@@ -508,18 +508,15 @@ IDLE = ("0", "persistence 1")
 )
 async def test_what_nvml_tells_of_a_card_after_a_guest_decides_whether_it_is_sold(
     start_gpud: StartGpud,
-    nvml_library: Path,
-    tmp_path: Path,
+    nvml_on: NvmlOn,
     told: tuple[str, str],
     why: str | None,
 ) -> None:
-    text = tmp_path / "nvml.txt"
-    text.write_text("".join(NVML_OF.format(gpu, *IDLE) for gpu in (GPU, OTHER)))
-    env = {"LD_LIBRARY_PATH": str(nvml_library), "FAKE_NVML": str(text)}
-    gpud = await start_gpud(nvml=Nvml(env=env))
+    all_idle = "".join(NVML_OF.format(gpu, *IDLE) for gpu in (GPU, OTHER))
+    gpud = await start_gpud(nvml=nvml_on(all_idle))
     assert await sellable(gpud) == [GPU, OTHER]
     instance = await gpud.running()
-    text.write_text(NVML_OF.format(GPU, *told) + NVML_OF.format(OTHER, *IDLE))
+    nvml_on(NVML_OF.format(GPU, *told) + NVML_OF.format(OTHER, *IDLE))
     await gpud.deleted(instance)
     assert OTHER not in quarantines(gpud)
     if why is None:
@@ -528,22 +525,20 @@ async def test_what_nvml_tells_of_a_card_after_a_guest_decides_whether_it_is_sol
     assert why in quarantines(gpud)[GPU]
     with pytest.raises(GpudError, match=why):
         await gpud.cleaner.release(GPU)
-    text.write_text("".join(NVML_OF.format(gpu, *IDLE) for gpu in (GPU, OTHER)))
+    nvml_on(all_idle)
     assert await gpud.cleaner.release(GPU)
     assert await sellable(gpud) == [GPU, OTHER]
 
 
 @pytest.mark.real_command(Path(sys.executable).name)
 async def test_a_card_that_nvml_does_not_see_after_its_guest_is_quarantined(
-    start_gpud: StartGpud, nvml_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start_gpud: StartGpud, nvml_on: NvmlOn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cleaning, "_ASK_AGAIN_S", 0)
-    text = tmp_path / "nvml.txt"
-    text.write_text("".join(NVML_OF.format(gpu, *IDLE) for gpu in (GPU, OTHER)))
-    env = {"LD_LIBRARY_PATH": str(nvml_library), "FAKE_NVML": str(text)}
-    gpud = await start_gpud(nvml=Nvml(env=env))
+    all_idle = "".join(NVML_OF.format(gpu, *IDLE) for gpu in (GPU, OTHER))
+    gpud = await start_gpud(nvml=nvml_on(all_idle))
     instance = await gpud.running()
-    text.write_text(NVML_OF.format(OTHER, *IDLE))
+    nvml_on(NVML_OF.format(OTHER, *IDLE))
     await gpud.deleted(instance)
     assert "NVML does not see it" in quarantines(gpud)[GPU]
 

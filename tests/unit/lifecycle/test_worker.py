@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,13 +76,6 @@ def script() -> Script:
 @pytest.fixture
 def metrics() -> Metrics:
     return Metrics()
-
-
-@pytest.fixture
-async def store(state_dir: Path, clock: Clock) -> AsyncIterator[Store]:
-    store = await Store.open(state_dir, clock)
-    yield store
-    await store.close()
 
 
 @pytest.fixture
