@@ -66,10 +66,10 @@ machine: setup ## tests on real libvirt and QEMU
 	$(BIN)/pytest tests/machine -m 'not long' -v --timeout=900 --numprocesses 2
 
 lab: setup ## a GPU server in a box: real IOMMU, VFIO, systemd, reboots; half an hour
-	$(BIN)/pytest tests/lab/test_lab.py -v --timeout=1500
+	$(BIN)/pytest tests/lab/test_lab.py -v --timeout=2400
 
 operator: setup ## the same box, from bare Debian to sales and back, by the package's own words; a quarter of an hour
-	$(BIN)/pytest tests/lab/test_operator.py -v --timeout=1800
+	$(BIN)/pytest tests/lab/test_operator.py -v --timeout=2400
 
 golden: setup ## the golden image's recipe, for real but for the driver; a quarter of an hour
 	$(BIN)/pytest tests/machine/test_golden.py -v --timeout=3600

@@ -102,8 +102,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
     if report.when == "call":
         item.failed = report.failed  # type: ignore[attr-defined]
         result: str = "ok" if report.passed else str(report.outcome)
-        if _deaths(item) > item.deaths_before:  # type: ignore[attr-defined]
-            result += ", after the emulated server had died once"
+        if died := _deaths(item) - item.deaths_before:  # type: ignore[attr-defined]
+            result += (
+                f", after the emulated server had died {'once' if died == 1 else f'{died} times'}"
+            )
         sentence = (item.function.__doc__ or item.name).splitlines()[0]  # type: ignore[attr-defined]
         item.config.stash[_ROWS].append((sentence.rstrip("."), result, report.duration))
     return report

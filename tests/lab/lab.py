@@ -26,6 +26,9 @@ READY_TIMEOUT_S = 300
 TERMINATED_TIMEOUT_S = 180
 _START_TIMEOUT_S = 120
 _ANSWER_TIMEOUT_S = 120
+_HANG_SEEN_S = 90
+_MOST_DEATHS = 4
+"""More of them in one run are no accident any more."""
 
 _CONFIG = "/etc/gpud/gpud.yaml"
 
@@ -75,16 +78,23 @@ class Lab:
 
     async def start(self) -> None:
         """Boot a new server, and unless it is to be bare, install gpud in it."""
+        self._new_server()
+        while not await self._survives(self._prepare):
+            self._new_server()
+
+    def _new_server(self) -> None:
         directory = self._directory / f"server-{self.deaths}"
         directory.mkdir()
         self._server = GpuServer(self._image, self._payload, directory, bare=self._bare)
         self._open.push_async_callback(self._server.stop)
-        await self._server.start()
-        await self._server.run("mkdir /payload && mount -o ro /dev/vdb /payload")
-        api_url = f"http://127.0.0.1:{self._server.api_port}"
+
+    async def _prepare(self) -> None:
+        await self.server.start()
+        await self.server.run("mkdir /payload && mount -o ro /dev/vdb /payload")
+        api_url = f"http://127.0.0.1:{self.server.api_port}"
         self._caller = await self._open.enter_async_context(gpu_ai(api_url, self._issuer_url))
         if not self._bare:
-            await self._server.run("bash /payload/install.sh /payload", timeout_s=300)
+            await self.server.run("bash /payload/install.sh /payload", timeout_s=300)
             await self._caller.wait_for_offerings(timeout_s=120)
 
     async def stop(self) -> None:
@@ -92,23 +102,33 @@ class Lab:
         await self._open.aclose()
 
     async def survive(self, act: Callable[[], Awaitable[None]]) -> None:
-        """Do something; do it once more on a new server if this one dies of its emulation.
+        """Do something; do it again on a new server if this one dies of its emulation.
 
         QEMU's emulation of nested virtualisation has its flaws: now and then a page of the server's
-        kernel is overwritten, and it panics or hangs. Nothing else that goes wrong is forgiven.
+        kernel is overwritten or a processor of it never comes back, and it panics or hangs. Nothing else
+        that goes wrong is forgiven, nor is that when it goes on.
         """
+        while not await self._survives(act):
+            await self.start()
+
+    async def _survives(self, act: Callable[[], Awaitable[None]]) -> bool:
+        """Do something; whether the server is alive after it. One that is not is switched off."""
         doing = asyncio.ensure_future(act())
         watching = asyncio.ensure_future(self.server.watch())
         await asyncio.wait([doing, watching], return_when=asyncio.FIRST_COMPLETED)
+        if doing.done() and doing.exception() is not None:
+            # It may have failed for a server that hangs, and that takes some time to be seen.
+            await asyncio.wait([watching], timeout=_HANG_SEEN_S)
         watching.cancel()
-        if self.server.dead:
-            doing.cancel()
-            await asyncio.wait([doing])
-            self.deaths += 1
-            await self.stop()
-            await self.start()
-            doing = asyncio.ensure_future(act())
-        await doing
+        if not self.server.dead:
+            await doing
+            return True
+        doing.cancel()
+        await asyncio.wait([doing])
+        self.deaths += 1
+        await self.stop()
+        assert self.deaths <= _MOST_DEATHS, f"the server has died {self.deaths} times"
+        return False
 
     async def try_order(self, script: str, gpu_count: int = 1) -> tuple[int, dict[str, Any]]:
         """Ask for an instance; the status of the answer, and the answer."""

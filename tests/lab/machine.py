@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shlex
 import time
 from pathlib import Path
@@ -24,6 +25,9 @@ _BOOT_TIMEOUT_S = 240
 _LOOK_EVERY_S = 10
 _GREETING_S = 30
 _SILENT_LOOKS = 3
+_STUCK = re.compile(rb"soft lockup - CPU#\d+ stuck for (\d+)s")
+_STUCK_S = 60
+"""A processor that waits its turn on a busy machine is not stuck for as long."""
 
 
 class GpuServer:
@@ -49,7 +53,7 @@ class GpuServer:
         self.metrics_port = free_port()
         self._qemu = Program("QEMU", [], directory / "qemu.log", {})
         self._qmp: Qmp | None = None
-        self._off = False
+        self._off = True
         self._up = False
         self._hangs = False
         self.missing: list[hardware.Card] = []
@@ -97,6 +101,7 @@ class GpuServer:
                 if not self._qemu.running:
                     raise AssertionError(f"QEMU ended:\n{self._qemu.tail()}") from error
                 if time.monotonic() > deadline:
+                    self._hangs = True
                     raise
                 await asyncio.sleep(1)
             else:
@@ -179,10 +184,12 @@ class GpuServer:
 
     @property
     def dead(self) -> bool:
-        """Whether it hangs, its kernel has panicked, as its serial console tells, or QEMU has ended."""
+        """Whether it hangs, as its silence or its console tells, has panicked, or QEMU has ended."""
         console = self.directory / "console.log"
-        panicked = console.exists() and b"Kernel panic" in console.read_bytes()
-        return panicked or self._hangs or not (self._qemu.running or self._off)
+        told = console.read_bytes() if console.exists() else b""
+        stuck = any(int(seconds) >= _STUCK_S for seconds in _STUCK.findall(told))
+        panicked = b"Kernel panic" in told
+        return panicked or stuck or self._hangs or not (self._qemu.running or self._off)
 
     def _ssh(self) -> list[str]:
         return ["ssh", "-F", str(self.directory / "ssh_config"), "server"]
