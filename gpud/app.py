@@ -157,7 +157,7 @@ async def running(config: Config, reread: Callable[[], Config]) -> AsyncIterator
         worker.start()
         stack.push_async_callback(worker.close)
 
-        app = build_app(gate, Routes(desk, store, config.network, metrics))
+        app = build_app(gate, Routes(desk, store, config.network, metrics, gate.in_time))
         crowd = await listeners.api(stack, config.server, in_force.tls, app)
         parts = Parts(desk, inventory, gate, crowd, page)
         reload = Reload(in_force, reread, session, parts)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import re
-import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Final
 
 import structlog
 from aiohttp import web
+from prometheus_client import Counter, Histogram
 from structlog.contextvars import bound_contextvars
 
 from gpud.api.auth import Authenticator, AuthError, Caller, Reason
@@ -32,6 +34,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OPEN_PATHS = frozenset({"/openapi.yaml"})
 _UNROUTED = "(none)"
 _READS = frozenset({"GET", "HEAD"})
+_METHODS = _READS | {"POST", "DELETE"}
 _RETRY_AFTER_S = 5
 
 _LIMIT_OF: Final = {
@@ -67,6 +70,7 @@ class Gate:
         self._authenticator = authenticator
         self._metrics = metrics
         self._rates = rates or Rates()
+        self._series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         for reason in Reason:  # so that the first of each is seen as an increase
             metrics.token_failures.labels(reason.value)
 
@@ -84,11 +88,12 @@ class Gate:
     async def pass_through(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """The one middleware."""
         began = time.perf_counter()
-        asked_id = request.headers.get("X-Request-Id", "")
-        request_id = asked_id if _REQUEST_ID.fullmatch(asked_id) else secrets.token_hex(8)
+        asked_id = request.headers.get("X-Request-Id")
+        request_id = asked_id if asked_id and _REQUEST_ID.fullmatch(asked_id) else _new_id()
         request[REQUEST_ID] = request_id
+        route = _route(request)
         try:
-            response = await self._answer(request, handler)
+            response = await self._answer(request, route, handler)
         except GpudError as error:
             response = self._refuse(request, error)
         except web.HTTPException as error:
@@ -99,52 +104,61 @@ class Gate:
             _log.error("request failed unexpectedly", request_id=request_id, exc_info=error)
             response = problem(GpudError(Code.INTERNAL, "internal"), request_id)
         response.headers["X-Request-Id"] = request_id
-        self._account(request, response.status, time.perf_counter() - began)
+        self._account(request, route, response.status, time.perf_counter() - began)
         return response
 
-    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.match_info.http_exception is not None:
-            return await handler(request)  # which raises it
-        if request.path in _OPEN_PATHS:
-            self._count(request, origin_of(request, self._server).site)
-        else:
-            caller = await self._caller(request)
-            self._count(request, caller.client_id or caller.subject or "")
+    @asynccontextmanager
+    async def in_time(self) -> AsyncIterator[None]:
+        """Bound what a request waits for.
+
+        Raises:
+            GpudError: ``TOO_SLOW``. Not a 4xx, which would be final: what was asked may still become
+                durable, and a repeat of the request finds out.
+        """
         try:
             async with asyncio.timeout(self._server.request_timeout_s):
-                if request.method in _READS:
-                    return await handler(request)
-                request[BODY] = await self._body(request)
-                with bound_contextvars(**self._client(request)):
-                    return await handler(request)
+                yield
         except TimeoutError:
-            # Not a 4xx, which would be final: what was asked may still become durable, and a repeat
-            # of the request finds out.
             raise GpudError(
                 Code.TOO_SLOW, "the request took too long", retry_after_s=_RETRY_AFTER_S
             ) from None
 
-    async def _caller(self, request: web.Request) -> Caller:
-        """Who makes the request.
+    async def _answer(
+        self, request: web.Request, route: str, handler: Handler
+    ) -> web.StreamResponse:
+        if request.match_info.http_exception is not None:
+            return await handler(request)  # which raises it
+        if route in _OPEN_PATHS:
+            self._count(request, route, origin_of(request, self._server).site)
+        else:
+            authorization = _authorization(request)
+            caller = self._authenticator.remembered(authorization)
+            if caller is None:
+                caller = await self._meet(request, authorization)
+            self._count(request, route, caller.client_id or caller.subject or "")
+        if request.method in _READS:
+            return await handler(request)  # from memory, as a rule; what it waits for, it bounds
+        async with self.in_time():
+            request[BODY] = await self._body(request)
+            with bound_contextvars(**self._client(request)):
+                return await handler(request)
 
-        A token that is not remembered costs a signature check or a question to the issuer, so who sends
-        bad ones may do so only so often.
+    async def _meet(self, request: web.Request, authorization: str | None) -> Caller:
+        """Who makes the request, by a token that is not remembered.
+
+        It costs a signature check or a question to the issuer, so who sends bad ones may do so only so
+        often.
 
         Raises:
             AuthError: The token is not good.
             GpudError: ``RATE_LIMITED``: too many were not.
         """
-        authorization = _authorization(request)
         authenticator = self._authenticator
-        caller = authenticator.remembered(authorization)
         per_minute: int | None = self._server.limits.refused_tokens_per_minute
-        if caller is not None:
-            return caller
         if authorization is None or per_minute is None:
             return await authenticator.authenticate(authorization)
         key = (_REFUSED, origin_of(request, self._server).site)
-        self._check(key, per_minute)
-        self._rates.count(key, per_minute)  # first, so that many at once are counted
+        self._take(key, per_minute)  # first, so that many at once are counted
         try:
             caller = await authenticator.authenticate(authorization)
         except AuthError as error:
@@ -154,23 +168,22 @@ class Gate:
         self._rates.give_back(key, per_minute)
         return caller
 
-    def _count(self, request: web.Request, client: str) -> None:
+    def _count(self, request: web.Request, route: str, client: str) -> None:
         """Count a request.
 
         Raises:
             GpudError: ``RATE_LIMITED``: it is one too many.
         """
-        limit = _LIMIT_OF[_route(request)]["GET" if request.method == "HEAD" else request.method]
+        limit = _LIMIT_OF[route]["GET" if request.method == "HEAD" else request.method]
         per_minute: int | None = getattr(self._server.limits, limit)
         if per_minute is None:
             return
         key = (limit, client)
-        self._check(key, per_minute)
-        self._rates.count(key, per_minute)
+        self._take(key, per_minute)
         request[_COUNTED] = (key, per_minute)
 
-    def _check(self, key: tuple[str, str], per_minute: int) -> None:
-        if wait_s := self._rates.wait_s(key, per_minute):
+    def _take(self, key: tuple[str, str], per_minute: int) -> None:
+        if wait_s := self._rates.take(key, per_minute):
             what = "refused tokens" if key[0] == _REFUSED else "requests of this kind"
             raise GpudError(
                 Code.RATE_LIMITED, f"too many {what} from this client", retry_after_s=wait_s
@@ -204,12 +217,28 @@ class Gate:
             response.force_close()
         return response
 
-    def _account(self, request: web.Request, status: int, seconds: float) -> None:
+    def _account(self, request: web.Request, route: str, status: int, seconds: float) -> None:
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR and _COUNTED in request:
             self._rates.give_back(*request[_COUNTED])  # GPU.ai repeats it, and is right to
-        route = _route(request)
-        self._metrics.requests.labels(route, _method(request), str(status)).inc()
-        self._metrics.request_seconds.labels(route).observe(seconds)
+        key = (route, request.method, status)
+        series = self._series.get(key)
+        if series is None:
+            series = self._new_series(*key)
+        requests, answer_seconds = series
+        requests.inc()
+        answer_seconds.observe(seconds)
+
+    def _new_series(self, route: str, method: str, status: int) -> tuple[Counter, Histogram]:
+        """Find a request's series: prometheus_client does so by locks and texts, so once is enough."""
+        series = (
+            self._metrics.requests.labels(
+                route, method if method in _METHODS else "other", str(status)
+            ),
+            self._metrics.request_seconds.labels(route),
+        )
+        if method in _METHODS:  # of which there are few, whatever a caller makes up
+            self._series[route, method, status] = series
+        return series
 
     def _client(self, request: web.Request) -> dict[str, str]:
         origin = origin_of(request, self._server)
@@ -230,5 +259,6 @@ def _route(request: web.Request) -> str:
     return resource.canonical if resource is not None else _UNROUTED
 
 
-def _method(request: web.Request) -> str:
-    return request.method if request.method in {"GET", "HEAD", "POST", "DELETE"} else "other"
+def _new_id() -> str:
+    """It only has to be another one than those in the log around it."""
+    return f"{random.getrandbits(64):016x}"

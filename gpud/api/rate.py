@@ -15,6 +15,7 @@ from typing import Final
 
 PERIOD_S: Final = 60.0
 _MOST_KEYS: Final = 10_000
+_ROUNDING_S: Final = 1e-6
 
 
 class Rates:
@@ -32,21 +33,22 @@ class Rates:
         self._monotonic = monotonic
         self._due_at: OrderedDict[Hashable, float] = OrderedDict()
 
-    def wait_s(self, key: Hashable, per_minute: int) -> int:
-        """Whole seconds until one more would be within the limit; 0 when it is now. Counts nothing."""
-        due_at = self._due_at.get(key)
-        if due_at is None:
-            return 0
-        over_s = due_at + PERIOD_S / per_minute - self._monotonic() - PERIOD_S
-        return max(0, math.ceil(over_s - 1e-6))
+    def take(self, key: Hashable, per_minute: int) -> int:
+        """Count one request if it is within the limit.
 
-    def count(self, key: Hashable, per_minute: int) -> None:
-        """Count one request."""
+        Returns:
+            0, or, of one that is not, whole seconds until it would be.
+        """
         now = self._monotonic()
-        self._due_at[key] = max(self._due_at.get(key, now), now) + PERIOD_S / per_minute
+        due_at = max(self._due_at.get(key, now), now) + PERIOD_S / per_minute
+        over_s = due_at - now - PERIOD_S
+        if over_s > _ROUNDING_S:
+            return math.ceil(over_s)
+        self._due_at[key] = due_at
         self._due_at.move_to_end(key)
         if len(self._due_at) > self._most_keys:
             self._due_at.popitem(last=False)
+        return 0
 
     def give_back(self, key: Hashable, per_minute: int) -> None:
         """Count one request less, because it failed by no fault of the caller's."""

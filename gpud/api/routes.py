@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Final
 
 import structlog
 from aiohttp import web
+from pydantic_core import to_json
 
 from gpud.api.schemas import instance_json, parse_order
 from gpud.config import Network
@@ -22,11 +25,21 @@ _log = structlog.get_logger()
 REQUEST_ID = web.RequestKey("request_id", str)
 BODY = web.RequestKey("body", bytes)
 
+_JSON: Final = {"Content-Type": "application/json"}
 _USER_MODE_ADDRESS = "10.0.2.15"
 
 
 class Routes:
-    """Handlers; each request has passed the gate, so its caller is known and its body is read."""
+    """Handlers; each request has passed the gate, so its caller is known and its body is read.
+
+    Args:
+        desk: Sells.
+        store: Knows the instances.
+        network: Where guests have their addresses.
+        metrics: Where orders are counted.
+        in_time: Bounds what a read waits for; of other requests the gate bounds all.
+        clock: Seconds since the epoch.
+    """
 
     def __init__(
         self,
@@ -34,17 +47,19 @@ class Routes:
         store: Store,
         network: Network,
         metrics: Metrics,
+        in_time: Callable[[], AbstractAsyncContextManager[None]],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._desk = desk
         self._store = store
         self._network = network
         self._metrics = metrics
+        self._in_time = in_time
         self._clock = clock
 
     async def available(self, _: web.Request) -> web.Response:
         """``GET /v1/gpu/available``."""
-        return web.Response(body=self._desk.available_json(), content_type="application/json")
+        return web.Response(body=self._desk.available_json(), headers=_JSON)
 
     async def create(self, request: web.Request) -> web.Response:
         """``POST /v1/instances``. The answer leaves after the order is durable.
@@ -80,11 +95,14 @@ class Routes:
     async def show(self, request: web.Request) -> web.Response:
         """``GET /v1/instances/{id}``, by either id."""
         either_id = request.match_info["id"]
-        # Live instances, the ones that are polled, are in memory.
-        instance = self._store.find_live(either_id) or await self._store.find(either_id)
+        instance = self._store.find_live(either_id)
+        if instance is None:
+            async with self._in_time():
+                instance = await self._store.find(either_id)
         if instance is None:
             raise _unknown()
-        return web.json_response(instance_json(instance, self._clock(), self._address(instance)))
+        body = to_json(instance_json(instance, self._clock(), self._address(instance)))
+        return web.Response(body=body, headers=_JSON)
 
     async def delete(self, request: web.Request) -> web.Response:
         """``DELETE /v1/instances/{id}``. The answer leaves after the intent is durable."""

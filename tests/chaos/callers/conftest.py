@@ -61,8 +61,11 @@ async def client(
 ) -> AsyncIterator[Client]:
     port = free_port()
     server = service.config.server.model_copy(update={"listen": "127.0.0.1", "port": port})
-    routes = Routes(service.desk, service.store, service.config.network, service.metrics, clock)
+    gate = Gate(server, authenticator, service.metrics)
+    routes = Routes(
+        service.desk, service.store, service.config.network, service.metrics, gate.in_time, clock
+    )
     async with AsyncExitStack() as stack:
-        app = build_app(Gate(server, authenticator, service.metrics), routes)
+        app = build_app(gate, routes)
         await listeners.api(stack, server, None, app)
         yield Client(session, URL(f"http://127.0.0.1:{port}/"), issuer.mint(scope="gpu"))

@@ -212,8 +212,11 @@ async def open_client(
             authenticator = build(**auth)
             await authenticator.start()
             config = service.config
-            routes = Routes(service.desk, service.store, config.network, service.metrics, clock)
-            app = build_app(Gate(config.server, authenticator, service.metrics), routes)
+            gate = Gate(config.server, authenticator, service.metrics)
+            routes = Routes(
+                service.desk, service.store, config.network, service.metrics, gate.in_time, clock
+            )
+            app = build_app(gate, routes)
             server = TestServer(app)
             await server.start_server(access_log=None)
             stack.push_async_callback(server.close)
