@@ -14,10 +14,11 @@ import pytest
 
 from gpud import schema, statefile
 from gpud.errors import Code, GpudError
-from gpud.schema import MIGRATIONS
-from gpud.statefile import connect, interrupted
+from gpud.model import Instance, Status, Step, Tier
+from gpud.schema import COLUMNS, MIGRATIONS, to_row
+from gpud.statefile import connect, examine, interrupted
 from gpud.store import Store
-from tests.unit.fakes.orders import quick_directory
+from tests.unit.fakes.orders import grant, quick_directory
 
 
 @pytest.fixture
@@ -135,23 +136,45 @@ def test_any_page_that_is_overwritten_with_noise_is_found(state_file: Path) -> N
         assert state_file.read_bytes() == content
 
 
-def test_a_lost_write_of_an_index_is_found_though_each_page_is_sound(state_file: Path) -> None:
-    """``quick_check`` calls this file ok. A live instance lost so would be taken for an orphan."""
+def with_a_lost_write(state_file: Path, index: str, change: str) -> bytes:
+    """The state file after ``change``, whose write to the first page of ``index`` was lost."""
     connection = connect(state_file.parent)
-    query = "SELECT rootpage FROM sqlite_master WHERE name = 'event_gpu'"
-    start = (connection.execute(query).fetchone()[0] - 1) * 4096
+    query = "SELECT rootpage FROM sqlite_master WHERE name = ?"
+    start = (connection.execute(query, [index]).fetchone()[0] - 1) * 4096
     connection.close()
     before = state_file.read_bytes()[start : start + 4096]
     connection = connect(state_file.parent)
-    connection.execute("UPDATE event SET gpu = '0000:41:00.0' WHERE id = 7")
+    connection.execute(change)
     connection.close()
     content = bytearray(state_file.read_bytes())
+    assert content[start : start + 4096] != before
     content[start : start + 4096] = before
     state_file.write_bytes(content)
     with closing(sqlite3.connect(state_file)) as connection:
         assert connection.execute("PRAGMA quick_check").fetchone()[0] == "ok"
-    error = refused(state_file.parent)
-    assert "event_gpu" in error.detail
+    return bytes(content)
+
+
+def test_a_live_instance_that_its_index_has_lost_is_found_at_a_start(state_file: Path) -> None:
+    """It would be taken for an orphan, and its guest ended."""
+    with closing(connect(state_file.parent)) as connection:
+        ended = Instance("i-1", "x", "", Tier.SPOT, grant(), Status.ERROR, Step.ENDED, 0, 0)
+        values = ", ".join(f":{name}" for name in COLUMNS)
+        connection.execute(
+            f"INSERT INTO instance ({', '.join(COLUMNS)}) VALUES ({values})",  # noqa: S608
+            to_row(ended),
+        )
+    change = "UPDATE instance SET step = 'running' WHERE upstream_id = 'i-1'"
+    content = with_a_lost_write(state_file, "instance_live", change)
+    assert "i-1 is missing from index instance_live" in refused(state_file.parent).detail
+    assert state_file.read_bytes() == content
+
+
+def test_a_lost_write_of_any_index_is_found_by_a_backup_and_by_doctor(state_file: Path) -> None:
+    change = "UPDATE event SET gpu = '0000:41:00.0' WHERE id = 7"
+    content = with_a_lost_write(state_file, "event_gpu", change)
+    assert examine(state_file, every_index=False) is None
+    assert "event_gpu" in str(examine(state_file))
     assert state_file.read_bytes() == content
 
 
