@@ -13,7 +13,8 @@ from typing import Any
 import click
 
 from gpud import adminclient, tables
-from gpud.cli.options import config_option, json_option, present, socket_of, watch_option
+from gpud.cli.options import config_option, json_option, socket_of
+from gpud.cli.showing import present, watch_option
 from gpud.screens.terminal import SafeTerminal
 
 

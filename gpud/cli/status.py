@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from gpud import adminclient
-from gpud.cli.options import config_option, json_option, present, socket_of, watch_option
+from gpud.cli.options import config_option, json_option, socket_of
+from gpud.cli.showing import present, watch_option
 from gpud.screens.status import status_screen
 
 

@@ -17,7 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from gpud.cli import main
+import click
+
+from gpud.cli import VERBS, main
 from tests.machine.processes import GPUD
 
 _OF_A_SHELL: Final = frozenset("|&;<>$`*?\n")
@@ -72,6 +74,8 @@ class Prompt:
 
 def serve() -> None:
     """Run commands until nobody asks any more."""
+    for verb in VERBS:  # or each child would import its own
+        main.get_command(click.Context(main), verb)
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

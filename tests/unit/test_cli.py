@@ -27,7 +27,7 @@ from gpud.api import admin
 from gpud.api.admin import Admin
 from gpud.api.web import openapi_document
 from gpud.audit import look
-from gpud.cli import main, service
+from gpud.cli import VERBS, judges, main
 from gpud.config import Log
 from gpud.errors import Code, GpudError, Problem
 from gpud.guest.console import ConsoleLogs
@@ -144,7 +144,7 @@ def daemon(tmp_path: Path, images: ImageStore, config_file: Path) -> Iterator[Da
 def test_version_and_help(gpud: Callable[..., Result]) -> None:
     assert gpud("--version").output == f"gpud, version {__version__}\n"
     shown = gpud("-h").output
-    assert [verb for verb in main.commands if verb not in shown] == []
+    assert [verb for verb in VERBS if verb not in shown] == []
 
 
 def test_openapi_prints_the_document(gpud: Callable[..., Result]) -> None:
@@ -459,7 +459,7 @@ def libvirtd(monkeypatch: pytest.MonkeyPatch) -> Iterator[LibvirtDaemon]:
     daemon = LibvirtDaemon()
     monkeypatch.setattr(libvirt, "open", daemon.open)
     monkeypatch.setattr(connection, "start_event_loop", lambda: None)
-    monkeypatch.setattr(service, "set_up_logging", _log_for_this_test)
+    monkeypatch.setattr(judges, "set_up_logging", _log_for_this_test)
     monkeypatch.setattr(look, "_BETWEEN_S", 0)
     yield daemon
     structlog.reset_defaults()

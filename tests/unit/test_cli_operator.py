@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from gpud.cli import main, options
+from gpud.cli import main, showing
 from gpud.screens import live
 from tests.unit.lifecycle.conftest import _quiet_log
 from tests.unit.service import make_failed, make_running, order
@@ -223,7 +223,7 @@ class Screen:
 def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
     screen = Screen()
     monkeypatch.setattr(live, "watch", screen.watch)
-    monkeypatch.setattr(options, "on_a_terminal", lambda: True)
+    monkeypatch.setattr(showing, "on_a_terminal", lambda: True)
     return screen
 
 
@@ -255,5 +255,5 @@ def test_programs_do_not_watch(gpud: Gpud, screen: Screen) -> None:
 
 
 def test_standard_output_is_no_terminal_here() -> None:
-    assert options.on_a_terminal() is sys.stdout.isatty()
+    assert showing.on_a_terminal() is sys.stdout.isatty()
     assert isinstance(main, click.Group)

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from gpud import cli, command, listeners, tables
-from gpud.cli import service
+from gpud.cli import judges
 from gpud.config import Config
 from gpud.configfile import load_config
 from gpud.doctor.check import Group, Level, Verdict
@@ -213,8 +213,8 @@ def test_a_file_of_procfs_that_is_not_there_is_empty(tmp_path: Path) -> None:
 def gpud(
     config_file: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Result]:
-    monkeypatch.setattr(service, "Machine", lambda: machine)
-    monkeypatch.setattr(service, "set_up_logging", lambda _: None)  # it would outlive the test
+    monkeypatch.setattr(judges, "Machine", lambda: machine)
+    monkeypatch.setattr(judges, "set_up_logging", lambda _: None)  # it would outlive the test
     environment = {"GPUD_CONFIG": str(config_file)}
     return lambda *words: CliRunner(env=environment).invoke(cli.main, ["doctor", *words])
 
