@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from gpud.api.auth_error import AuthError, Reason
 from gpud.config import Auth
@@ -19,8 +18,7 @@ Claims = Mapping[str, Any]
 _CLIENT_CLAIMS: Final = ("client_id", "azp", "sub")
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(NamedTuple):
     """Who makes a request, as the token's issuer vouches for.
 
     Attributes:

@@ -6,15 +6,13 @@ import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Container
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from gpud.api.auth_claims import Caller
 from gpud.api.keys import VerificationKey
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """A token found good.
 
     Attributes:

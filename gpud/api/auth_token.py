@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import binascii
-import json
 import re
 from base64 import urlsafe_b64decode
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
+
+from pydantic_core import from_json
 
 from gpud.api.auth_error import AuthError, Reason
 
@@ -19,8 +19,7 @@ _TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 _JWT_SEGMENTS: Final = 3
 
 
-@dataclass(frozen=True, slots=True)
-class JwtHeader:
+class JwtHeader(NamedTuple):
     """What of a JWT's header gpud heeds. Keys that a token brings along are not among it."""
 
     algorithm: str
@@ -68,8 +67,8 @@ def jwt_header(token: str) -> JwtHeader:
 def json_object(text: bytes) -> dict[str, Any] | None:
     """Return the JSON object that ``text`` is, or None when it is none."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = from_json(text)
+    except ValueError:
         return None
     return value if isinstance(value, dict) else None
 

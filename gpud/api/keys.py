@@ -79,11 +79,8 @@ class KeySet:
         A token that names a key is held to it; only when no key has that name, those without a
         name (PEM files have none) may have signed it. A token that names none may be anyone's.
         """
-        if kid is None:
-            named = self.keys
-        else:
-            wanted = kid if self.knows(kid) else None
-            named = frozenset(key for key in self.keys if key.kid == wanted)
+        named = self.keys if kid is None else [key for key in self.keys if key.kid == kid]
+        named = named or [key for key in self.keys if key.kid is None]
         fitting = {key.fingerprint: key for key in named if algorithm in key.algorithms}
         return list(fitting.values())
 
