@@ -51,7 +51,7 @@ lint: $(VENV)/.ready ## linters, types, layering
 		systemd/*.sh systemd/deb/build.sh systemd/deb/p*
 
 unit: $(VENV)/.ready ## unit tests, with coverage
-	$(BIN)/pytest tests/unit --numprocesses 2 --dist worksteal --cov --cov-report=term --cov-fail-under=95
+	$(BIN)/pytest tests/unit --numprocesses 3 --dist worksteal --cov --cov-report=term --cov-fail-under=95
 	@$(BIN)/coverage report --include='gpud/lifecycle/*' --fail-under=100 >/dev/null || \
 		{ echo "unit: an order's life is tested in every branch, and is not any more" >&2; exit 1; }
 
