@@ -37,6 +37,7 @@ class Lab:
     """What the scenarios act on: GPU.ai outside, the operator and the hardware inside.
 
     Attributes:
+        issuer_url: Where GPU.ai gets its tokens.
         tunnel: GPU.ai's end of the guests' tunnels.
         deaths: How often the emulated server has died of its emulation.
 
@@ -58,7 +59,7 @@ class Lab:
         self._bare = bare
         self._image = image
         self._payload = payload
-        self._issuer_url = issuer_url
+        self.issuer_url = issuer_url
         self._directory = directory
         self._server: GpuServer | None = None
         self._caller: GpuAi | None = None
@@ -92,7 +93,7 @@ class Lab:
         await self.server.start()
         await self.server.run("mkdir /payload && mount -o ro /dev/vdb /payload")
         api_url = f"http://127.0.0.1:{self.server.api_port}"
-        self._caller = await self._open.enter_async_context(gpu_ai(api_url, self._issuer_url))
+        self._caller = await self._open.enter_async_context(gpu_ai(api_url, self.issuer_url))
         if not self._bare:
             await self.server.run("bash /payload/install.sh /payload", timeout_s=300)
             await self._caller.wait_for_offerings(timeout_s=120)

@@ -112,6 +112,11 @@ class GpuServer:
         """What a command prints that root runs in the server; it must succeed."""
         return await output_of(*self._ssh(), command, timeout_s=timeout_s)
 
+    async def let_reach(self, port: int) -> None:
+        """Have a port of its loopback lead to the same one here."""
+        *ssh, name = self._ssh()
+        await output_of(*ssh, "-O", "forward", "-R", f"127.0.0.1:{port}:127.0.0.1:{port}", name)
+
     async def write(self, file: str, text: str) -> None:
         """Write a small file in the server, in place."""
         await self.run(f"cat >{file} <<'END_OF_FILE'\n{text}\nEND_OF_FILE")

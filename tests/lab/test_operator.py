@@ -11,11 +11,15 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 
 import pytest
+import yaml
+from yarl import URL
 
+from gpud.dev.issuer import INTROSPECTION_PATH
 from tests.lab.hardware import FOR_SALE, FOREIGN
 from tests.lab.images import NEXT_PACKAGE, NEXT_VERSION, PACKAGE
 from tests.lab.lab import Lab, scenario, script
 from tests.lab.machine import IOMMU_OFF, GpuServer
+from tests.machine.gpu_ai import CLIENT_ID, CLIENT_SECRET
 from tests.machine.prometheus import Prometheus
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -24,6 +28,9 @@ Step = Callable[[str], AbstractAsyncContextManager[None]]
 
 APT = "DEBIAN_FRONTEND=noninteractive apt-get --yes --no-install-recommends"
 EXPOSURE = 2.0
+CONFIG = "/etc/gpud/gpud.yaml"
+MAIN_PID = "systemctl show --value -p MainPID gpud"
+DROP_INS = "/etc/systemd/system/gpud.service.d"
 TO_FILL_IN = ("auth.issuer", "auth.audience", "site.region", "site.datacenter_location", "offers")
 
 
@@ -42,6 +49,57 @@ async def service(server: GpuServer, wanted: str) -> dict[str, str]:
         timeout_s=90,
     )
     return dict(line.split("=", 1) for line in shown.splitlines())
+
+
+async def secret_from_systemd(lab: Lab) -> None:
+    """Tokens are judged by asking their issuer, with a secret that only root and systemd can read."""
+    server = lab.server
+    config = yaml.safe_load(await server.run(f"cat {CONFIG}"))
+    url = URL(lab.issuer_url)
+    del config["auth"]["key_files"]
+    config["auth"]["introspection"] = {
+        "url": f"{url}{INTROSPECTION_PATH}",
+        "client_id": CLIENT_ID,
+        "client_secret": {"credential": "introspection"},
+    }
+    await server.let_reach(int(url.port or 0))
+    await server.write("/root/introspection.secret", CLIENT_SECRET)
+    await server.run(f"chmod 0600 /root/introspection.secret; mkdir -p {DROP_INS}")
+    credential = "LoadCredential=introspection:/root/introspection.secret"
+    await server.write(f"{DROP_INS}/secret.conf", f"[Service]\n{credential}")
+    kept = await server.run(f"cat {CONFIG}")
+    await server.write(CONFIG, yaml.safe_dump(config))
+    await server.run("systemctl daemon-reload && systemctl restart gpud", timeout_s=120)
+    await service(server, "active")
+    assert await lab.caller.offerings() == []
+    good, lab.caller.token = lab.caller.token, "nobody's"
+    assert (await lab.caller.call("GET", "/v1/gpu/available"))[0] == 401
+    lab.caller.token = good
+    written = await server.run(f"journalctl -u gpud; cat /proc/$({MAIN_PID})/environ")
+    assert CLIENT_SECRET not in written
+    # The way back needs no restart.
+    await server.write(CONFIG, kept)
+    await server.run("systemctl reload gpud", timeout_s=60)
+    assert await lab.caller.offerings() == []
+    await server.run(f"rm -r /root/introspection.secret {DROP_INS} && systemctl daemon-reload")
+
+
+async def reloaded(server: GpuServer) -> None:
+    """`systemctl reload` changes a price in the same process, and says why it refuses another."""
+    price = "gpud offers --json | grep price_per_hour"
+    before = await server.run(MAIN_PID)
+    await server.run(f"sed -i 's/on_demand: .*/on_demand: 0.75/' {CONFIG}")
+    await server.run("systemctl reload gpud", timeout_s=60)
+    assert "0.75" in await server.run(price)
+    await server.run(f"sed -i 's/on_demand: .*/on_demand: -1/' {CONFIG}")
+    refused = await server.run(
+        "systemctl reload gpud && exit 1; systemctl status --lines 30 gpud", timeout_s=60
+    )
+    assert "offers[0].price_per_gpu_hour.on_demand" in refused
+    assert "0.75" in await server.run(price)
+    assert await server.run(MAIN_PID) == before
+    await server.run(f"sed -i 's/on_demand: .*/on_demand: 0.69/' {CONFIG}")
+    await server.run("systemctl reload gpud", timeout_s=60)
 
 
 @scenario
@@ -74,6 +132,12 @@ async def test_an_operators_server(bare: Lab, step: Step) -> None:
         overall = re.search(r"Overall exposure level for gpud\.service: ([0-9.]+)", security)
         assert overall is not None
         assert float(overall[1]) <= EXPOSURE
+
+    async with step(
+        "a secret comes from systemd; a reload takes a good configuration, and no bad one"
+    ):
+        await secret_from_systemd(lab)
+        await reloaded(server)
 
     async with step("doctor's words are followed: setup, a reboot, an image"):
         await server.run(
