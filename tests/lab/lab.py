@@ -27,7 +27,7 @@ TERMINATED_TIMEOUT_S = 180
 _START_TIMEOUT_S = 120
 _ANSWER_TIMEOUT_S = 120
 _HANG_SEEN_S = 90
-_MOST_DEATHS = 4
+_MOST_DEATHS = 3
 """More of them in one run are no accident any more."""
 
 _CONFIG = "/etc/gpud/gpud.yaml"
