@@ -27,6 +27,7 @@ from gpud.hypervisor.events import DomainEvent
 from gpud.hypervisor.libvirtd import Hypervisor
 from gpud.hypervisor.networkxml import Lease, NetworkSpec
 from gpud.hypervisor.passthroughxml import mmio_window_mib
+from gpud.hypervisor.stream import GuestStream
 from gpud.model import PciAddress
 from tests.machine.private_libvirtd import PrivateDaemon, end, wait_for_libvirt
 
@@ -112,6 +113,15 @@ def dhcp_hosts(network: str) -> str:
     return Path(f"/var/lib/libvirt/dnsmasq/{network}.hostsfile").read_text()
 
 
+async def read_until(greeting: bytes, console: GuestStream) -> None:
+    output = b""
+    async with asyncio.timeout(120):
+        while greeting not in output:
+            data = await console.read()
+            assert data, f"the console has ended after {output!r}"
+            output += data
+
+
 @asynccontextmanager
 async def connected(uri: str) -> AsyncIterator[Hypervisor]:
     hypervisor = Hypervisor(uri, call_timeout_s=60, threads=4)
@@ -152,29 +162,28 @@ async def test_guest_lives_and_leaves_nothing(
             assert found in await hypervisor.domains()
             assert spec.nvram.exists() is (firmware == "uefi")
 
-            console, output = await hypervisor.console(spec.uuid), b""
-            async with asyncio.timeout(120):
-                while greeting not in output:
-                    output += await console.read()
-            # Whoever comes later gets the console: a restarted gpud meets its former self's.
-            second = await hypervisor.console(spec.uuid)
-            async with asyncio.timeout(10):
-                while await console.read():
-                    pass
-            await second.close()
-            channel = await hypervisor.channel(spec.uuid)
-            await channel.close()
-
             connection = libvirt.open(system)
             domain = connection.lookupByUUIDString(str(spec.uuid))
             assert not domain.isPersistent()
+            # Whoever comes later gets the console: a restarted gpud meets its former self's.
+            consoles = []
+            for _ in range(2):
+                consoles.append(await hypervisor.console(spec.uuid))
+                domain.reset()
+                await read_until(greeting, consoles[-1])
+            for console in consoles:
+                await console.close()
+            channel = await hypervisor.channel(spec.uuid)
+            await channel.close()
             assert pci_devices(system, spec.name).count("1234:11e8") == 2
         assert await hypervisor.find(spec.uuid) is None
         assert spec.name not in {domain.name() for domain in connection.listAllDomains()}
         # libvirt makes the variable store and leaves it: removing it is gpud's.
         assert spec.nvram.exists() is (firmware == "uefi")
         connection.close()
-    assert {DomainEvent.STARTED, DomainEvent.STOPPED} <= set(seen)
+        async with asyncio.timeout(30):
+            while not {DomainEvent.STARTED, DomainEvent.STOPPED} <= set(seen):
+                await asyncio.sleep(0.01)
 
 
 def test_libvirt_gives_qemu_each_card_on_its_own_port(system: str, guest: DomainSpec) -> None:
@@ -234,10 +243,8 @@ async def test_ovmf_finds_room_for_the_cards_memory(system: str, guest: DomainSp
     async with connected(system) as hypervisor:
         await hypervisor.start(spec.uuid, xml)
         try:
-            console, output = await hypervisor.console(spec.uuid), b""
-            async with asyncio.timeout(120):
-                while b"BdsDxe" not in output:
-                    output += await console.read()
+            console = await hypervisor.console(spec.uuid)
+            await read_until(b"BdsDxe", console)
             await console.close()
             found = re.findall(
                 r"64 bit prefetchable memory at (\w+) \[\w+fffffffff\]",
