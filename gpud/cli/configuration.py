@@ -21,6 +21,7 @@ def reload(config_file: Path) -> None:
 
     Wholly or not at all: exit status 1 means that nothing was changed, and every problem is shown.
     """
+    load_config(config_file)  # what is wrong with it is told without asking the daemon
     changed = adminclient.post(socket_of(config_file), "/reload")["changed"]
     click.echo("\n".join(changed) if changed else "nothing has changed")
 

@@ -9,8 +9,10 @@ import click
 from click.core import ParameterSource
 
 from gpud.configfile import load_config
+from gpud.errors import GpudError
 
 _SERVICE_SOCKET = Path("/run/gpud/gpud.sock")
+_SERVICE_CONFIG = Path("/etc/gpud/gpud.yaml")
 
 
 def inherited(ctx: click.Context, option: click.Parameter, value: Any) -> Any:  # noqa: ANN401
@@ -29,7 +31,7 @@ config_option = click.option(
     "--config",
     "config_file",
     type=click.Path(path_type=Path, dir_okay=False),
-    default=Path("/etc/gpud/gpud.yaml"),
+    default=_SERVICE_CONFIG,
     envvar="GPUD_CONFIG",
     show_default=True,
     show_envvar=True,
@@ -42,6 +44,18 @@ json_option = click.option(
 
 
 def socket_of(config_file: Path) -> Path:
-    """Where the daemon listens, which knows its runtime directory from systemd; this command does not."""
-    expected = load_config(config_file).admin_socket_path
+    """Where the daemon listens, which knows its runtime directory from systemd; this command does not.
+
+    The service can be asked while its configuration is being edited: it goes by what it last read.
+
+    Raises:
+        GpudError: ``CONFIG_INVALID``, and it is not the service's, or that does not run.
+    """
+    try:
+        expected = load_config(config_file).admin_socket_path
+    except GpudError as error:
+        if config_file != _SERVICE_CONFIG or not _SERVICE_SOCKET.exists():
+            raise
+        click.echo(f"Warning: the daemon goes by what it last read, and not by {error}", err=True)
+        return _SERVICE_SOCKET
     return expected if expected.exists() or not _SERVICE_SOCKET.exists() else _SERVICE_SOCKET

@@ -27,8 +27,9 @@ from gpud.api import admin
 from gpud.api.admin import Admin
 from gpud.api.web import openapi_document
 from gpud.audit import look
-from gpud.cli import VERBS, judges, main
+from gpud.cli import VERBS, judges, main, options
 from gpud.config import Log
+from gpud.configfile import parse_config
 from gpud.errors import Code, GpudError, Problem
 from gpud.guest.console import ConsoleLogs
 from gpud.guest.image import ImageStore
@@ -168,6 +169,28 @@ def test_every_problem_of_a_bad_config_is_shown(
     for place in ("auth", "site.region", "site.datacenter_location", "servr", "line 4, log"):
         assert place in result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.mark.usefixtures("daemon")
+def test_the_service_can_be_asked_while_its_configuration_is_bad(
+    gpud: Callable[..., Result], config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = config_file.read_text()
+    config_file.write_text(good.replace("3.49", "-1"))
+    refused = gpud("offers")
+    assert refused.exit_code == 1
+    assert "price_per_gpu_hour" in refused.stderr
+
+    monkeypatch.setattr(options, "_SERVICE_CONFIG", config_file)
+    assert gpud("offers").exit_code == 1  # for the service does not run
+    monkeypatch.setattr(options, "_SERVICE_SOCKET", parse_config(good).admin_socket_path)
+    asked = gpud("offers", "--json")
+    assert asked.exit_code == 0, asked.stderr
+    assert json.loads(asked.stdout)[0]["price_per_hour"] == 3.49
+    assert "goes by what it last read" in asked.stderr
+    assert "price_per_gpu_hour" in asked.stderr
+    assert "Warning" not in (reload := gpud("reload")).stderr
+    assert reload.exit_code == 1
 
 
 def test_a_config_that_is_not_there_is_named(gpud: Callable[..., Result]) -> None:
