@@ -102,14 +102,14 @@ class History:
         except (GpudError, sqlite3.Error) as error:
             _log.warning("event not recorded", event_is=why, error=str(error))
 
-    async def ended_runs(self) -> list[tuple[str, str, str, float, float]]:
-        """Of each ended instance that ran: type, tier, cost per hour, since when, and until when it
-        was the caller's.
+    async def ended_uptimes(self) -> list[tuple[str, str, str, int]]:
+        """Of ended instances of each GPU type, tier and cost per hour: for how many seconds, in all, they
+        ran and were their callers'. Whole seconds of each instance, as the API tells its uptime.
         """  # noqa: D205 - one sentence
         query = (
-            "SELECT gpu_type, tier, cost_per_hour, running_at,"
-            " min(ended_at, coalesce(delete_requested_at, ended_at)) FROM instance"
-            " WHERE running_at IS NOT NULL AND step = 'ended'"
+            "SELECT gpu_type, tier, cost_per_hour, sum(max(0, CAST("
+            "min(ended_at, coalesce(delete_requested_at, ended_at)) - running_at AS INTEGER)))"
+            " FROM instance WHERE running_at IS NOT NULL AND step = 'ended' GROUP BY 1, 2, 3"
         )
         rows = await self._run(lambda: self._connection.execute(query).fetchall())
         return [tuple(row) for row in rows]

@@ -2,8 +2,8 @@
 
 Prometheus takes a counter that shrinks for one that began at zero again, and would count everything
 once more. So the counter shows the whole sum since the first instance, made from the record: a daemon
-that starts goes on where the last one stopped. It is added up in whole millionths of a dollar, because
-floats added in another order may come out smaller.
+that starts goes on where the last one stopped. It is added up in whole numbers, because floats added in
+another order may come out smaller, and divided when it is shown.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Earnings:
         """Add up what has ended, and follow what lives. To be called before anything can end."""
         self._store.subscribe(self._follow)
         self._live = dict(self._store.live)
-        for gpu_type, tier, cost_per_hour, since, until in await self._store.ended_runs():
-            self._ended[gpu_type, tier] += _micro_usd(Decimal(cost_per_hour), since, until)
+        for gpu_type, tier, cost_per_hour, uptime_s in await self._store.ended_uptimes():
+            self._ended[gpu_type, tier] += _earning(Decimal(cost_per_hour), uptime_s)
 
     def update(self) -> None:
         """Bring the counter up to now. It never goes back, even if the clock does."""
@@ -59,8 +59,8 @@ class Earnings:
         earned = self._ended.copy()
         for instance in self._live.values():
             earned[_kind(instance)] += _earned(instance, now)
-        for kind, micro_usd in earned.items():
-            more = max(0, micro_usd - self._shown[kind])
+        for kind, earning in earned.items():
+            more = max(0, earning // _HOUR_S - self._shown[kind])
             self._counter.labels(*kind).inc(more / _MICRO)
             self._shown[kind] += more
 
@@ -74,16 +74,19 @@ class Earnings:
 async def earned_since(store: Store, since: float, now: float) -> float:
     """What instances have earned from one moment to another, in dollars."""
     runs = await store.runs_since(since)
-    micro_usd = sum(
-        _micro_usd(Decimal(cost_per_hour), max(began, since), now if until is None else until)
+    earned = sum(
+        _earning(
+            Decimal(cost_per_hour),
+            _whole_seconds(max(began, since), now if until is None else until),
+        )
         for cost_per_hour, began, until in runs
     )
-    return micro_usd / _MICRO
+    return earned / _HOUR_S / _MICRO
 
 
 def earned_usd(instance: Instance, now: float) -> float:
     """What one instance has earned, in dollars."""
-    return _earned(instance, now) / _MICRO
+    return _earned(instance, now) / _HOUR_S / _MICRO
 
 
 def _kind(instance: Instance) -> Kind:
@@ -95,8 +98,13 @@ def _earned(instance: Instance, now: float) -> int:
         return 0
     ends = (instance.delete_requested_at, instance.ended_at)
     until = min((end for end in ends if end is not None), default=now)
-    return _micro_usd(instance.grant.cost_per_hour, instance.running_at, until)
+    return _earning(instance.grant.cost_per_hour, _whole_seconds(instance.running_at, until))
 
 
-def _micro_usd(cost_per_hour: Decimal, since: float, until: float) -> int:
-    return int(cost_per_hour * _MICRO) * max(0, int(until - since)) // _HOUR_S
+def _earning(cost_per_hour: Decimal, uptime_s: int) -> int:
+    """In millionths of a dollar, times the seconds of an hour."""
+    return int(cost_per_hour * _MICRO) * uptime_s
+
+
+def _whole_seconds(since: float, until: float) -> int:
+    return max(0, int(until - since))
