@@ -47,6 +47,8 @@ _UPDATE = (
     f"UPDATE instance SET {', '.join(f'{name} = :{name}' for name in COLUMNS)}"  # noqa: S608
     " WHERE upstream_id = :upstream_id"
 )
+_SAME_AGAIN = "REPLACE INTO meta SELECT key, value FROM meta WHERE key = 'owner'"
+"""Changes nothing. An UPDATE that changes nothing is not written."""
 _RECENT_BOOTS = 20
 _BY_CALLER = "the caller asked to terminate it"
 
@@ -248,9 +250,13 @@ class Store(CardRecord):
             self._empty_log()
 
     def _empty_log(self) -> None:
-        """Drop scripts and keys that are gone from the tables from the write-ahead log too."""
+        """Drop scripts and keys that are gone from the tables from the write-ahead log too.
+
+        Then begin it anew: that is a write to the disk of its own, which no order need wait for.
+        """
         try:
             blocked = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            self._connection.execute(_SAME_AGAIN)
         except sqlite3.Error as error:  # what was committed stays committed
             blocked = str(error)
         if blocked:

@@ -20,7 +20,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -101,7 +101,7 @@ class ImageStore:
             names = self._names()
             files = (_IMAGE_FILE.fullmatch(entry.name) for entry in self._root.iterdir())
             digests = {f"sha256:{file[1]}" for file in files if file} | set(names.values())
-            images = (self._load(digest) for digest in digests)
+            images = (self._load(digest, names) for digest in digests)
             return tuple(
                 sorted(images, key=lambda image: (not image.names, image.names, image.digest))
             )
@@ -113,7 +113,7 @@ class ImageStore:
             GpudError: ``image_invalid`` when there is none, or its file is missing or was changed.
         """
         with self._storage_errors():
-            image = self._load(self._digest_of(name_or_digest))
+            image = self._find(name_or_digest)
         if image.fault:
             raise _invalid(
                 f"image {name_or_digest} in {self._root} cannot be used: {image.fault}",
@@ -128,7 +128,7 @@ class ImageStore:
             GpudError: ``image_invalid`` when the content is not what its digest says.
         """
         with self._storage_errors():
-            image = self._load(self._digest_of(name_or_digest))
+            image = self._find(name_or_digest)
             if f"sha256:{await copying.sha256(image.path, progress)}" != image.digest:
                 raise _invalid(
                     f"image {name_or_digest} is damaged: the content of {image.path} has changed",
@@ -149,7 +149,7 @@ class ImageStore:
                 ``image_invalid`` when there is no such image.
         """
         with self._storage_errors(), self._locked():
-            image = self._load(self._digest_of(name_or_digest))
+            image = self._find(name_or_digest)
             names = image.names if name_or_digest == image.digest else (name_or_digest,)
             last = set(names) == set(image.names)
             if last and image.in_use_by:
@@ -194,14 +194,15 @@ class ImageStore:
         digest = f"sha256:{candidate.sha256}"
         path = self._path(digest)
         with self._locked():
-            there = self._load(digest)
+            names = self._names()
+            there = self._load(digest, names)
             if there.fault:  # not there yet, or damaged
                 candidate.file.chmod(0o444)  # QEMU runs as another user
                 self._write_record(path, candidate)
                 commit(candidate.file, path)
             elif candidate.sealed and not there.sealed:
                 self._write_record(path, replace(candidate, file=path))
-            previous = self._names().get(name)
+            previous = names.get(name)
             if previous not in {None, digest}:
                 _log.info("image name moved", name=name, digest=digest, previous=previous)
             link = self._by_name / f".{name}{TEMPORARY_SUFFIX}"
@@ -210,9 +211,22 @@ class ImageStore:
             commit(link, self._by_name / name)
             return self.resolve(digest)
 
-    def _load(self, digest: str) -> Image:
+    def _find(self, name_or_digest: str) -> Image:
+        all_names = self._names()
+        digest = all_names.get(name_or_digest, name_or_digest)
+        known = _DIGEST.fullmatch(digest) and (
+            digest in all_names.values() or self._path(digest).exists()
+        )
+        if not known:
+            raise _invalid(
+                f"there is no image {name_or_digest!r} in {self._root}",
+                "gpud image add brings one in",
+            )
+        return self._load(digest, all_names)
+
+    def _load(self, digest: str, all_names: Mapping[str, str]) -> Image:
         path = self._path(digest)
-        names = tuple(sorted(name for name, named in self._names().items() if named == digest))
+        names = tuple(sorted(name for name, named in all_names.items() if named == digest))
         try:
             found = path.stat()
         except FileNotFoundError:
@@ -249,19 +263,6 @@ class ImageStore:
             if IMAGE_NAME.fullmatch(link.name) and link.is_symlink()
         }
         return {name: f"sha256:{file[1]}" for name, file in targets.items() if file}
-
-    def _digest_of(self, name_or_digest: str) -> str:
-        names = self._names()
-        digest = names.get(name_or_digest, name_or_digest)
-        known = _DIGEST.fullmatch(digest) and (
-            digest in names.values() or self._path(digest).exists()
-        )
-        if not known:
-            raise _invalid(
-                f"there is no image {name_or_digest!r} in {self._root}",
-                "gpud image add brings one in",
-            )
-        return digest
 
     def _path(self, digest: str) -> Path:
         return self._root / f"{digest.replace(':', '-')}.qcow2"
