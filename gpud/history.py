@@ -106,10 +106,11 @@ class History:
         """Of ended instances of each GPU type, tier and cost per hour: for how many seconds, in all, they
         ran and were their callers'. Whole seconds of each instance, as the API tells its uptime.
         """  # noqa: D205 - one sentence
+        # The signs keep SQLite from following an index all over the file: seven times as long.
         query = (
             "SELECT gpu_type, tier, cost_per_hour, sum(max(0, CAST("
             "min(ended_at, coalesce(delete_requested_at, ended_at)) - running_at AS INTEGER)))"
-            " FROM instance WHERE running_at IS NOT NULL AND step = 'ended' GROUP BY 1, 2, 3"
+            " FROM instance WHERE +running_at IS NOT NULL AND +step = 'ended' GROUP BY 1, 2, 3"
         )
         rows = await self._run(lambda: self._connection.execute(query).fetchall())
         return [tuple(row) for row in rows]
