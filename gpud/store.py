@@ -243,11 +243,14 @@ class Store(CardRecord):
         live = {**self._live, **self._changed}
         self._live = {key: instance for key, instance in live.items() if instance.live}
         self._by_instance_id = {one.instance_id: one.upstream_id for one in self._live.values()}
-        for instance in self._changed.values():
-            for listener in self._listeners:
-                loop.call_soon_threadsafe(listener, instance)
+        loop.call_soon_threadsafe(self._tell, loop, tuple(self._changed.values()))
         if not all(instance.live for instance in self._changed.values()):
             self._empty_log()
+
+    def _tell(self, loop: asyncio.AbstractEventLoop, changed: Sequence[Instance]) -> None:
+        for instance in changed:
+            for listener in self._listeners:
+                loop.call_soon(listener, instance)  # so that none takes the news from the others
 
     def _empty_log(self) -> None:
         """Drop scripts and keys that are gone from the tables from the write-ahead log too.
