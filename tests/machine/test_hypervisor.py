@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
@@ -113,9 +113,22 @@ def dhcp_hosts(network: str) -> str:
     return Path(f"/var/lib/libvirt/dnsmasq/{network}.hostsfile").read_text()
 
 
-async def read_until(greeting: bytes, console: GuestStream) -> None:
+async def greeted(domain: libvirt.virDomain, greeting: bytes, console: GuestStream) -> None:
+    """Reset the guest until its firmware's word is read.
+
+    Once may not be enough: until libvirt has really let go of who read the console before, some of the
+    bytes go to him.
+    """
+    for _ in range(4):
+        domain.reset()
+        with suppress(TimeoutError):
+            return await read_until(greeting, console, 60)
+    pytest.fail(f"{greeting!r} was not read after any reset")
+
+
+async def read_until(greeting: bytes, console: GuestStream, within_s: float = 120) -> None:
     output = b""
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(within_s):
         while greeting not in output:
             data = await console.read()
             assert data, f"the console has ended after {output!r}"
@@ -169,8 +182,7 @@ async def test_guest_lives_and_leaves_nothing(
             consoles = []
             for _ in range(2):
                 consoles.append(await hypervisor.console(spec.uuid))
-                domain.reset()
-                await read_until(greeting, consoles[-1])
+                await greeted(domain, greeting, consoles[-1])
             for console in consoles:
                 await console.close()
             channel = await hypervisor.channel(spec.uuid)
@@ -282,7 +294,7 @@ async def test_guest_outlives_a_killed_libvirtd(private: PrivateDaemon, guest: D
         hypervisor.on_connect(lambda: connects.append(True))
         console = await hypervisor.console(guest.uuid)
         await asyncio.to_thread(private.kill)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while await console.read():
                 pass
             while hypervisor.available:
