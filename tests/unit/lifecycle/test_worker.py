@@ -148,8 +148,7 @@ async def test_delete_ends_it_through_every_release_step(
     ended = await end_of(store, instance)
     assert ended.status is Status.TERMINATED
     assert script.of(instance)[-len(RELEASE_WAY) :] == RELEASE_WAY
-    left = [worker._tasks, worker._wakes, worker._entered]
-    assert not any(left)
+    await until(lambda: not any((worker._tasks, worker._wakes, worker._entered)))
 
 
 async def test_a_nap_ends_early_when_woken(
