@@ -88,7 +88,7 @@ async def test_an_order_outlives_deaths_at_every_step_and_orderly_stops(
     accepted = await caller.order(**order)
     upstream_id = accepted["upstream_id"]
     assert server.ask("SELECT upstream_id FROM instance") == [(upstream_id,)]
-    await caller.wait_for(upstream_id, "running", 60)
+    await caller.wait_for(upstream_id, "running", 10)
     qemu = server.qemu(upstream_id)
     look = "cat /var/lib/ran; cat /proc/sys/kernel/random/boot_id; ls -d /sys/module/pvpanic*"
     seen = await tunnel.log_in(port, USER, look)

@@ -116,19 +116,20 @@ def dhcp_hosts(network: str) -> str:
 async def greeted(domain: libvirt.virDomain, greeting: bytes, console: GuestStream) -> None:
     """Reset the guest until its firmware's word is read.
 
-    Once may not be enough: until libvirt has really let go of who read the console before, some of the
-    bytes go to him.
+    After one reset of a busy machine's guest nothing came for two minutes; why was not found, and 25
+    take-overs since did not show it again. A console that stays silent after every reset fails.
     """
     for _ in range(4):
         domain.reset()
         with suppress(TimeoutError):
-            return await read_until(greeting, console, 60)
+            async with asyncio.timeout(60):
+                return await read_until(greeting, console)
     pytest.fail(f"{greeting!r} was not read after any reset")
 
 
-async def read_until(greeting: bytes, console: GuestStream, within_s: float = 120) -> None:
+async def read_until(greeting: bytes, console: GuestStream) -> None:
     output = b""
-    async with asyncio.timeout(within_s):
+    async with asyncio.timeout(120):
         while greeting not in output:
             data = await console.read()
             assert data, f"the console has ended after {output!r}"
@@ -294,7 +295,7 @@ async def test_guest_outlives_a_killed_libvirtd(private: PrivateDaemon, guest: D
         hypervisor.on_connect(lambda: connects.append(True))
         console = await hypervisor.console(guest.uuid)
         await asyncio.to_thread(private.kill)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(10):
             while await console.read():
                 pass
             while hypervisor.available:

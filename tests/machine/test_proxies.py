@@ -144,7 +144,7 @@ async def test_a_proxy_ends_tls_and_says_who_calls(kind: str, state_dir: Path) -
 
 async def logged(server: GpudServer, request_id: str) -> dict[str, Any]:
     """The line of the daemon's log about a request."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(10):
         while True:
             for line in server.daemon.log.read_text().splitlines():
                 if line.startswith("{") and f'"{request_id}"' in line:

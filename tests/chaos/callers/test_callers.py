@@ -131,7 +131,7 @@ async def test_an_order_is_durable_though_its_caller_hung_up(
         _, writer = await asyncio.open_connection("127.0.0.1", client.url.port)
         writer.write(request_for(client, "gpuai-1"))
         await writer.drain()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(5):
             while not service.store.live:
                 await asyncio.sleep(0.001)
         writer.transport.abort()
@@ -168,8 +168,8 @@ async def test_slow_senders_are_cut_off_in_time_and_hold_nobody_up(
         await asyncio.sleep(0.1)
         began = time.perf_counter()
         assert (await client.order()).status == 201
-        assert time.perf_counter() - began < 5
-        async with asyncio.timeout(60):
+        assert time.perf_counter() - began < 1
+        async with asyncio.timeout(10):
             await asyncio.gather(*slow, return_exceptions=True)
         assert await instances(service) == ["gpuai-1"]
 
