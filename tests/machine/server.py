@@ -136,11 +136,21 @@ class GpudServer:
         return [name for name in names.split() if name.startswith("gpud-")]
 
     async def remove_domains(self) -> None:
-        """End the guests of this server, by the directories they were started from."""
+        """End the guests of this server, by the directories they were started from.
+
+        A guest may end by itself meanwhile (a released one still shuts down), and then libvirt
+        refuses; a guest that is still there afterwards is a failure.
+        """
         uri = self.config["libvirt"]["uri"]
         for directory in (self.state_dir / "instances").glob("i-*"):
-            if f"gpud-{directory.name}" in await self.domains():
-                await output_of("virsh", "-q", "-c", uri, "destroy", f"gpud-{directory.name}")
+            domain = f"gpud-{directory.name}"
+            if domain not in await self.domains():
+                continue
+            try:
+                await output_of("virsh", "-q", "-c", uri, "destroy", domain)
+            except AssertionError:
+                if domain in await self.domains():
+                    raise
 
     async def remove_network(self) -> None:
         """Remove the libvirt network that the daemon has made, if its config has one."""
