@@ -40,6 +40,7 @@ from gpud.lifecycle.strays import StrayWatch
 from gpud.lifecycle.worker import Worker
 from gpud.model import Instance, PciAddress, Status
 from gpud.reload import InForce, Parts, Reload
+from gpud.statefile import Claim
 from gpud.store import Store
 from gpud.telemetry import Metrics
 from gpud.watch.health import Health
@@ -54,12 +55,13 @@ _FOLLOW_DOMAINS_S = 15.0
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-async def serve(config: Config, reread: Callable[[], Config]) -> None:
+async def serve(config: Config, reread: Callable[[], Config], claim: Claim) -> None:
     """Run the daemon until SIGTERM or SIGINT. Guests keep running after it.
 
     Args:
         config: What it begins with.
         reread: Reads the configuration again, at SIGHUP or when the operator asks.
+        claim: Its state directory.
 
     Raises:
         GpudError: It cannot start; the message says why.
@@ -69,7 +71,7 @@ async def serve(config: Config, reread: Callable[[], Config]) -> None:
     for number in _STOP_SIGNALS:
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, hang_up.set)
-    async with running(config, reread) as reload, _background(_reload_at(hang_up, reload)):
+    async with running(config, reread, claim) as reload, _background(_reload_at(hang_up, reload)):
         _log.info("ready", version=__version__, port=config.server.port)
         systemd.notify(f"READY=1\nSTATUS=serving on port {config.server.port}")
         await stop.wait()
@@ -78,7 +80,9 @@ async def serve(config: Config, reread: Callable[[], Config]) -> None:
 
 
 @asynccontextmanager
-async def running(config: Config, reread: Callable[[], Config]) -> AsyncIterator[Reload]:
+async def running(
+    config: Config, reread: Callable[[], Config], claim: Claim
+) -> AsyncIterator[Reload]:
     """The daemon, up, with what has it go by another configuration.
 
     Raises:
@@ -86,7 +90,7 @@ async def running(config: Config, reread: Callable[[], Config]) -> AsyncIterator
         Exception: Something in the background ended that must not.
     """
     async with AsyncExitStack() as stack:
-        store = await Store.open(config.state_dir)
+        store = await Store.on(claim)
         stack.push_async_callback(store.close)
         _make_directories(config.state_dir)
         session = await stack.enter_async_context(aiohttp.ClientSession())

@@ -7,6 +7,7 @@ import fcntl
 import os
 import sqlite3
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
@@ -60,6 +61,34 @@ _MENDS_OF_FILES: Final = {
     errno.ENOSPC: _MAKE_ROOM,
     errno.EDQUOT: _MAKE_ROOM,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A state directory that is this process's alone, and its file, examined and open."""
+
+    state_dir: Path
+    connection: sqlite3.Connection
+    lock_file: IO[str]
+
+    def close(self) -> None:
+        """Leave the directory to others."""
+        self.connection.close()
+        self.lock_file.close()
+
+
+def claim(state_dir: Path) -> Claim:
+    """Lock a state directory, and open its file as :func:`connect` does.
+
+    Raises:
+        GpudError: ``STATE_UNUSABLE``, as of :func:`lock` and :func:`connect`.
+    """
+    lock_file = lock(state_dir)
+    try:
+        return Claim(state_dir, connect(state_dir), lock_file)
+    except BaseException:
+        lock_file.close()
+        raise
 
 
 def lock(state_dir: Path) -> IO[str]:

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import structlog
 
@@ -36,7 +36,7 @@ from gpud.model import (
     Step,
 )
 from gpud.schema import COLUMNS, RESTORED, from_row, guest_input_from, guest_input_row, to_row
-from gpud.statefile import STATE_FILE, UNREADABLE, connect, lock, not_written, unusable
+from gpud.statefile import STATE_FILE, UNREADABLE, Claim, claim, not_written, unusable
 
 T = TypeVar("T")
 
@@ -71,11 +71,9 @@ class Admission:
 class Store(CardRecord):
     """See the module's docstring. Built by :meth:`open`."""
 
-    def __init__(
-        self, connection: sqlite3.Connection, lock_file: IO[str], clock: Callable[[], float]
-    ) -> None:
-        super().__init__(connection, clock)
-        self._lock_file = lock_file
+    def __init__(self, claim: Claim, clock: Callable[[], float]) -> None:
+        super().__init__(claim.connection, clock)
+        self._claim = claim
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._by_instance_id: dict[str, str] = {}
         self._changed: dict[str, Instance] = {}
@@ -92,24 +90,27 @@ class Store(CardRecord):
             GpudError: ``STATE_UNUSABLE`` when another gpud holds it, or the file is damaged, from a
                 newer gpud, or missing although guests' disks are there.
         """
-        lock_file = lock(state_dir)
-        try:
-            store = cls(connect(state_dir), lock_file, clock)
-        except BaseException:
-            lock_file.close()
-            raise
+        return await cls.on(claim(state_dir), clock)
+
+    @classmethod
+    async def on(cls, claim: Claim, clock: Callable[[], float] = time.time) -> Self:
+        """Read what lives, from a state directory that was claimed already, and now is the store's.
+
+        Raises:
+            GpudError: ``STATE_UNUSABLE``: the file holds what this gpud cannot read.
+        """
+        store = cls(claim, clock)
         try:
             await store._run(store._load)
         except UNREADABLE as error:
             await store.close()
-            raise unusable(state_dir / STATE_FILE, error) from error
+            raise unusable(claim.state_dir / STATE_FILE, error) from error
         return store
 
     async def close(self) -> None:
         """Let the transaction under way end, then close the file."""
-        await self._run(self._connection.close)
+        await self._run(self._claim.close)
         self._thread.shutdown()
-        self._lock_file.close()
 
     # -- reading ---------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from gpud.configfile import parse_config
 from gpud.dev.issuer import Issuer, running_issuer
 from gpud.errors import Code, GpudError
 from gpud.reload import Reload
+from gpud.statefile import claim
 from tests.machine.processes import free_port
 
 pytestmark = pytest.mark.real_command("head")  # which asks the PCI functions of the machine
@@ -53,7 +54,7 @@ def config_for(state_dir: Path, issuer: Issuer | None = None, **changes: Any) ->
 
 def running(config: Config) -> AbstractAsyncContextManager[Reload]:
     """The daemon, whose configuration stays as it is."""
-    return app.running(config, lambda: config)
+    return app.running(config, lambda: config, claim(config.state_dir))
 
 
 async def get(url: str, **headers: str) -> tuple[int, str]:
@@ -179,7 +180,7 @@ async def test_serve_runs_until_it_is_told_to_stop(
     told: list[str] = []
     monkeypatch.setattr("gpud.systemd.notify", told.append)
     config = config_for(tmp_path)
-    task = asyncio.create_task(app.serve(config, lambda: config))
+    task = asyncio.create_task(app.serve(config, lambda: config, claim(config.state_dir)))
     async with asyncio.timeout(10):
         while not told:
             await asyncio.sleep(0.01)

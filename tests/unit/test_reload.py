@@ -31,6 +31,7 @@ from gpud.dev.issuer import Issuer, new_key, running_issuer
 from gpud.errors import Code, GpudError
 from gpud.guest.image import ImageStore
 from gpud.reload import Reload
+from gpud.statefile import claim
 from tests.machine.processes import free_port
 from tests.unit.certificates import Tls
 from tests.unit.service import make_qcow2
@@ -142,7 +143,7 @@ async def start(tmp_path: Path, issuer: Issuer) -> AsyncIterator[OpenServer]:
             server = Server(tmp_path, issuer, session)
             server.write(**sections)
             reread = partial(load_config, server.file)
-            running = app.running(server.config, reread)
+            running = app.running(server.config, reread, claim(server.config.state_dir))
             server.reload = await stack.enter_async_context(running)
             return server
 
@@ -391,7 +392,8 @@ async def test_sighup_reloads_and_systemd_is_told(
     monkeypatch.setattr("gpud.systemd.notify", told.append)
     async with aiohttp.ClientSession() as session:
         server = Server(tmp_path, issuer, session)
-        task = asyncio.create_task(app.serve(server.config, partial(load_config, server.file)))
+        reread = partial(load_config, server.file)
+        task = asyncio.create_task(app.serve(server.config, reread, claim(server.config.state_dir)))
 
         async def until(count: int) -> None:
             async with asyncio.timeout(10):
