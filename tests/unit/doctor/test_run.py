@@ -226,7 +226,9 @@ def test_the_verb_shows_every_verdict_and_its_status(gpud: Callable[..., Result]
     assert lines[0] == "Host"
     assert any(line.startswith("  FAULT    guests ") for line in lines)
     assert any(line.strip().startswith("> see CPU and /dev/kvm above") for line in lines)
-    assert lines[-1].startswith("1 fault, ")
+    faults = sum(line.startswith("  FAULT ") for line in lines)
+    # libvirt 11's test driver tells of firmware, and has none.
+    assert lines[-1].startswith({1: "1 fault, ", 2: "2 faults, "}[faults])
 
 
 def test_the_verb_gives_the_same_as_json(gpud: Callable[..., Result]) -> None:
