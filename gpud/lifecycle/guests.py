@@ -18,7 +18,6 @@ import structlog
 from gpud.errors import GpudError
 from gpud.guest.console import ConsoleLogs
 from gpud.hypervisor.domains import Domain, DomainState
-from gpud.hypervisor.domainxml import CHANNEL_NAME
 from gpud.hypervisor.events import DomainEvent
 from gpud.hypervisor.libvirtd import Hypervisor
 from gpud.hypervisor.stream import GuestStream
@@ -32,7 +31,8 @@ _REPORT = re.compile(
     rb"^gpud1 (started|exited) ([0-9a-f-]{36})(?: ([0-9]{1,3}))?\r?$", re.MULTILINE
 )
 _MAX_LINE_BYTES = 256
-Reader = Callable[[Instance], Awaitable[None]]
+Opener = Callable[[UUID], Awaitable[GuestStream]]
+Reader = Callable[[Instance, GuestStream], Awaitable[None]]
 
 _PAUSE_S = 0.05
 _PAUSE_AFTER_REPORT_S = 0.5
@@ -59,25 +59,33 @@ class GuestWatch:
         self._counted_at: dict[str, float] = {}
         self._powered_off: set[UUID] = set()
         self._paused: set[str] = set()
+        self._refused: dict[tuple[str, str], str] = {}
 
     def attach(self, instance: Instance) -> None:
         """See that both readers of the instance's guest run; those that run already are left alone."""
-        readers: dict[str, Reader] = {
-            "console": self._keep_console,
-            "channel": self._take_reports,
+        readers: dict[str, tuple[Opener, Reader]] = {
+            "console": (self._hypervisor.console, self._keep_console),
+            "channel": (self._hypervisor.channel, self._take_reports),
         }
-        for name, reader in readers.items():
+        for name, (opener, reader) in readers.items():
             task = self._tasks.get((instance.upstream_id, name))
             if task is None or task.done():
                 self._tasks[instance.upstream_id, name] = asyncio.create_task(
-                    self._listen(instance, name, reader)
+                    self._listen(instance, name, opener, reader)
                 )
+
+    def unheard(self, upstream_id: str) -> str:
+        """Why the reports of a guest that runs cannot be read; empty when they can."""
+        return self._refused.get((upstream_id, "channel"), "")
 
     async def detach(self, upstream_id: str) -> None:
         """Stop both readers of a guest."""
         self._counted_at.pop(upstream_id, None)
         self._paused.discard(upstream_id)
-        await self._end([key for key in self._tasks if key[0] == upstream_id])
+        keys = [key for key in self._tasks if key[0] == upstream_id]
+        await self._end(keys)
+        for key in keys:
+            self._refused.pop(key, None)
 
     def hear(self, domain_uuid: UUID, event: DomainEvent, detail: str) -> None:
         """Take note of a lifecycle event: only it tells a power-off from a crash or a lost host."""
@@ -126,25 +134,39 @@ class GuestWatch:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _listen(self, instance: Instance, name: str, reader: Reader) -> None:
+    async def _listen(self, instance: Instance, name: str, opener: Opener, reader: Reader) -> None:
         """Run one reader until its stream ends; the next :meth:`attach` starts it anew."""
+        key = (instance.upstream_id, name)
         try:
-            await reader(instance)
+            stream = await opener(instance.domain_uuid)
+            self._refused.pop(key, None)
+            await reader(instance, stream)
         except GpudError as error:
-            _log.debug("guest stream not available", stream=name, error=str(error))
+            if await self._runs(instance):
+                self._refuse(key, error)
         except OSError as error:
             _log.error("guest output lost", stream=name, error=error.strerror)
         except Exception:  # noqa: BLE001 - logged; the next attach starts the reader anew
             _log.exception("guest reader failed", stream=name)
 
-    async def _keep_console(self, instance: Instance) -> None:
-        stream = await self._hypervisor.console(instance.domain_uuid)
+    async def _runs(self, instance: Instance) -> bool:
+        try:
+            return await self._hypervisor.find(instance.domain_uuid) is not None
+        except GpudError:  # libvirt is away, which its connection tells
+            return False
+
+    def _refuse(self, key: tuple[str, str], error: GpudError) -> None:
+        """Tell, each reason once: it is tried again at every look at the guest."""
+        if self._refused.get(key) != error.detail:
+            self._refused[key] = error.detail
+            _log.warning("a running guest cannot be heard", stream=key[1], error=str(error))
+
+    async def _keep_console(self, instance: Instance, stream: GuestStream) -> None:
         async with aclosing(_chunks(stream)) as chunks:
             async for output in chunks:
                 await asyncio.to_thread(self._consoles.append, instance.upstream_id, output)
 
-    async def _take_reports(self, instance: Instance) -> None:
-        stream = await self._hypervisor.channel(instance.domain_uuid, CHANNEL_NAME)
+    async def _take_reports(self, instance: Instance, stream: GuestStream) -> None:
         rest = b""
         async with aclosing(_chunks(stream)) as chunks:
             async for chunk in chunks:

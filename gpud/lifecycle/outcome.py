@@ -28,9 +28,15 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class Nap:
-    """Nothing to do yet; run the step again after ``seconds``, or earlier when woken."""
+    """Nothing to do yet; run the step again after ``seconds``, or earlier when woken.
+
+    Attributes:
+        seconds: How long to wait.
+        why: For the event log, if this turns out to have been the last wait: what stands in the way.
+    """
 
     seconds: float
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,9 @@ class Steps:
         there = await self._there(instance)
         if lost := await self._cards.lost(instance, fresh=there is None):
             return lost
-        return Nap(_READY_NAP_S) if there else self._start_again(instance)
+        if there is None:
+            return self._start_again(instance)
+        return Nap(_READY_NAP_S, self._guests.unheard(instance.upstream_id))
 
     async def running(self, instance: Instance) -> Outcome:
         """See that the guest is still there; a guest that ended by itself is started again."""

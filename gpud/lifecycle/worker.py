@@ -145,7 +145,8 @@ class Worker:
             message = f"{_FAILURES[instance.step]} ({_code(error).value})"
             outcome = Fail(message, _told(error))
         if isinstance(outcome, Nap) and self._late(instance) and self._may_give_up(instance):
-            outcome = Fail(f"{_FAILURES[instance.step]} within {deadline_s:g} s")
+            message = f"{_FAILURES[instance.step]} within {deadline_s:g} s"
+            outcome = Fail(message, f"{message}: {outcome.why}" if outcome.why else "")
         return await self._commit(instance, outcome)
 
     async def _commit(self, instance: Instance, outcome: Outcome) -> float:

@@ -17,6 +17,7 @@ import structlog.testing
 from gpud.hypervisor.domainxml import CHANNEL_NAME
 from gpud.hypervisor.stream import CHUNK_BYTES, UNREAD_LIMIT_BYTES
 from gpud.lifecycle import guests as guests_module
+from gpud.lifecycle.outcome import Nap
 from gpud.model import Instance, Step
 from tests.unit.fakes.libvirt_daemon import Guest, LibvirtDaemon, error
 from tests.unit.fakes.orders import Clock, until
@@ -275,11 +276,34 @@ async def test_libvirtd_restarted_under_the_readers_is_read_again(
 async def test_a_stream_that_cannot_be_opened_leaves_the_other_be(
     gpud: Gpud, instance: Instance, guest: Guest, libvirtd: LibvirtDaemon, call: str
 ) -> None:
-    libvirtd.fault(call, error("no such device"))
-    gpud.guests.attach(instance)
-    await until(lambda: sum(task.done() for task in gpud.guests._tasks.values()) == 1)
+    libvirtd.fault(call, error("no such device"), times=2)
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(2):
+            gpud.guests.attach(instance)
+            await until(lambda: sum(task.done() for task in gpud.guests._tasks.values()) == 1)
+    told = [log for log in logs if log["log_level"] == "warning"]
+    assert len(told) == 1, "the same reason is told once"
+    assert "no such device" in told[0]["error"]
     gpud.guests.attach(instance)
     await until(lambda: guest.console.stream and guest.channels[CHANNEL_NAME].stream)
+
+
+async def test_why_a_running_guest_is_not_heard_is_known_until_it_is(
+    gpud: Gpud, instance: Instance, guest: Guest, libvirtd: LibvirtDaemon
+) -> None:
+    libvirtd.fault("openChannel", error("no such device"), times=2)
+    gpud.guests.attach(instance)
+    await until(lambda: "no such device" in gpud.guests.unheard(instance.upstream_id))
+    nap = await gpud.steps.await_ready(instance)
+    assert isinstance(nap, Nap)
+    assert "no such device" in nap.why
+
+    def heard() -> bool:
+        gpud.guests.attach(instance)
+        return not gpud.guests.unheard(instance.upstream_id)
+
+    await until(heard)
+    assert guest.channels[CHANNEL_NAME].stream
 
 
 async def test_readers_of_a_guest_that_is_gone_end_quietly(

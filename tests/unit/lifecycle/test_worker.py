@@ -278,6 +278,21 @@ async def test_a_wait_beyond_the_deadline_fails(
     assert ended.failure == "its guest did not report the startup script started within 900 s"
 
 
+async def test_what_stood_in_the_way_of_a_wait_is_told_to_the_operator_alone(
+    worker: Worker, store: Store, script: Script, admit: Order, monotonic: Clock
+) -> None:
+    script.outcomes[Step.AWAIT_READY] = [Nap(0.001, "cannot open its channel: no lock file")]
+    instance = await admit()
+    await until(lambda: script.of(instance).count(Step.AWAIT_READY) > 2)
+    monotonic.advance(901)
+    ended = await end_of(store, instance)
+    failure = "its guest did not report the startup script started within 900 s"
+    assert ended.failure == failure
+    events = await store.events(instance.upstream_id)
+    told = f"{failure}: cannot open its channel: no lock file"
+    assert told in [event.why for event in events]
+
+
 async def test_each_step_has_its_deadline_for_itself(
     worker: Worker, store: Store, script: Script, admit: Order, monotonic: Clock
 ) -> None:
