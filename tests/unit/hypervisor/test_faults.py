@@ -55,6 +55,15 @@ def test_refused_connection_points_at_the_group(
     assert "group libvirt" in told.hint
 
 
+def test_a_missing_log_daemon_is_told_from_a_missing_libvirtd(libvirt_error: MakeError) -> None:
+    """What libvirt 11.3 says where virtlogd does not run: the failed call is to that, not to it."""
+    message = "Failed to connect socket to '/run/libvirt/virtlogd-sock': No such file or directory"
+    error = libvirt_error(message, libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_FROM_RPC)
+    told = translate(error, "start guest x", Code.GUEST_FAILED)
+    assert told.transient
+    assert "systemctl start virtlogd.socket" in told.hint
+
+
 @pytest.mark.parametrize(
     ("message", "hint"),
     [
