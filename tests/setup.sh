@@ -10,8 +10,8 @@ packages=(
   dpkg-dev binutils
   # the hypervisor
   qemu-system-x86 qemu-utils ovmf libvirt-daemon-system libvirt-clients dnsmasq-base iptables
-  # the guest image
-  mmdebstrap debian-archive-keyring fakeroot uidmap grub-efi-amd64-bin grub-pc-bin grub-common mtools dosfstools fdisk e2fsprogs
+  # the guest image, and the golden one
+  mmdebstrap debian-archive-keyring gpgv fakeroot uidmap grub-efi-amd64-bin grub-pc-bin grub-common mtools dosfstools fdisk e2fsprogs
   # the lab's small guest
   cpio
   # the far end of the guest's tunnel, and what the tests look with

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import platform
 import re
 import subprocess
 from pathlib import Path
@@ -18,10 +19,12 @@ from gpud.cli import VERBS
 from tests.machine import server
 
 REPOSITORY = Path(__file__).parents[2]
-SUITE = "bookworm"
+SUITE = platform.freedesktop_os_release()["VERSION_CODENAME"]
+"""A package fits the distribution that it was built on: it has that one's Python and libvirt."""
+
 INCLUDED = "python3,systemd,udev,kmod,ca-certificates,init-system-helpers,libvirt0"
 IN_NAME_ONLY = (
-    "libvirt-daemon-system (= 9.0)", "libvirt-daemon-driver-qemu", "qemu-system-x86", "qemu-utils",
+    "libvirt-daemon-system (= 99)", "libvirt-daemon-driver-qemu", "qemu-system-x86", "qemu-utils",
     "ovmf", "dnsmasq-base", "iptables", "e2fsprogs", "fdisk", "mtools",
 )  # fmt: skip
 GUEST = "i-0123456789abcdef"
