@@ -19,7 +19,6 @@ from gpud.api.gate import Gate
 from gpud.api.routes import Routes
 from gpud.api.web import build_app
 from gpud.config import Config
-from gpud.config import Metrics as MetricsConfig
 from gpud.desk import OrderDesk
 from gpud.errors import Code, GpudError
 from gpud.guest.console import ConsoleLogs
@@ -143,12 +142,14 @@ async def running(
         health = Health(sources)
         watchdog = Watchdog(health, hypervisor, config.libvirt.threads)
         page = Page(config, metrics, sources, lambda: in_force.certificate_expires_at)
-        await _let_watch(stack, config.metrics, page, health)
+        if config.metrics.enabled:
+            await listeners.metrics(stack, config.metrics, page.render, health.alive, health.ready)
         store.subscribe(partial(_forget_console, consoles))
         _pass_on_news(hypervisor, guests, worker, store)
 
         await stack.enter_async_context(
             _background(
+                page.add_up(),  # first, so that nothing ends before it has begun
                 hypervisor.run(),
                 inventory.run(),
                 reconciler.run(),
@@ -181,15 +182,6 @@ async def running(
         )
         await listeners.admin(stack, config.admin_socket_path, admin.build_app())
         yield reload
-
-
-async def _let_watch(
-    stack: AsyncExitStack, where: MetricsConfig, page: Page, health: Health
-) -> None:
-    """Open Prometheus' listener; to be done before any instance can end."""
-    await page.start()
-    if where.enabled:
-        await listeners.metrics(stack, where, page.render, health.alive, health.ready)
 
 
 async def _reload_at(hang_up: asyncio.Event, reload: Reload) -> None:

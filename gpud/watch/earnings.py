@@ -8,6 +8,7 @@ another order may come out smaller, and divided when it is shown.
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import time
 from collections.abc import Callable
@@ -42,16 +43,22 @@ class Earnings:
         self._store = store
         self._counter = counter
         self._clock = clock
+        self._added_up = asyncio.Event()
         self._live: dict[str, Instance] = {}
         self._ended: collections.Counter[Kind] = collections.Counter()
         self._shown: collections.Counter[Kind] = collections.Counter()
 
-    async def start(self) -> None:
-        """Add up what has ended, and follow what lives. To be called before anything can end."""
+    async def add_up(self) -> None:
+        """Add up what has ended, and follow what lives. To be begun before anything can end."""
         self._store.subscribe(self._follow)
         self._live = dict(self._store.live)
         for gpu_type, tier, cost_per_hour, uptime_s in await self._store.ended_uptimes():
             self._ended[gpu_type, tier] += _earning(Decimal(cost_per_hour), uptime_s)
+        self._added_up.set()
+
+    async def added_up(self) -> None:
+        """Wait until the sum is whole: a part of it, shown, would later look like a gain."""
+        await self._added_up.wait()
 
     def update(self) -> None:
         """Bring the counter up to now. It never goes back, even if the clock does."""

@@ -62,12 +62,13 @@ class Page(Collector):
                 self._metrics.earnings_usd.labels(offer.gpu_type, tier.value)
                 self._metrics.gpu_claims.labels(offer.gpu_type, tier.value)
 
-    async def start(self) -> None:
-        """Read what was earned before. To be called before any instance can end."""
-        await self._earnings.start()
+    async def add_up(self) -> None:
+        """Read what was earned before. To be begun before any instance can end."""
+        await self._earnings.add_up()
 
     async def render(self) -> bytes:
-        """The page, in Prometheus' text format."""
+        """The page, in Prometheus' text format; waits until :meth:`add_up` is done."""
+        await self._earnings.added_up()
         images, disk = await asyncio.to_thread(self._read_disk)
         # Nothing awaits from here on: the page is of one moment.
         self._earnings.update()

@@ -63,7 +63,7 @@ async def watch(service: Service, clock: Clock) -> Watched:
     libvirt, keys = Libvirt(), Keys()
     sources = Sources(service.store, service.inventory, service.images, libvirt, service.desk, keys)
     page = Page(service.config, service.metrics, sources, lambda: CERTIFICATE_EXPIRES_AT, clock)
-    await page.start()
+    await page.add_up()
     return Watched(service, sources, page, libvirt, keys)
 
 

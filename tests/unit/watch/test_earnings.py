@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
 from gpud.guest.image import ImageStore
+from gpud.telemetry import Metrics
+from gpud.watch.page import Page
 from tests.unit.service import (
     Clock,
     config_from,
@@ -96,6 +99,30 @@ async def test_a_restart_neither_loses_nor_doubles(
         assert await earned(again) == before
         clock.advance(HOUR_S)
         assert await earned(again) == pytest.approx(before + 3.49)
+
+
+async def test_nothing_is_shown_before_the_sum_is_whole(watched: Watched, clock: Clock) -> None:
+    """A part of the sum, and then all of it, would look as if the difference had just been earned."""
+    await make_ended(watched.service, await running(watched))
+    page = Page(watched.service.config, Metrics(), watched.sources, clock=clock)
+    scrape = asyncio.create_task(page.render())
+    await asyncio.sleep(0.05)
+    assert not scrape.done()
+    adding = asyncio.create_task(page.add_up())
+    assert b"gpud_earnings_usd_total" in await scrape
+    await adding
+
+
+async def test_an_end_while_the_sum_is_made_counts_once(watched: Watched, clock: Clock) -> None:
+    upstream_id = await running(watched)
+    clock.advance(HOUR_S)
+    page = Page(watched.service.config, Metrics(), watched.sources, clock=clock)
+    adding = asyncio.create_task(page.add_up())
+    await make_ended(watched.service, upstream_id)
+    await adding
+    shown = (await page.render()).decode().splitlines()
+    wanted = 'gpud_earnings_usd_total{gpu_type="h100_sxm",tier="on_demand"} 3.49'
+    assert wanted in shown
 
 
 async def test_many_restarts_never_show_less(

@@ -158,6 +158,7 @@ async def test_images_and_disk_are_told_in_bytes(watched: Watched, state_dir: Pa
 async def test_a_missing_guest_image_is_told(watched: Watched, tmp_path: Path) -> None:
     empty = replace(watched.sources, images=ImageStore(tmp_path / "no images"))
     page = Page(watched.service.config, Metrics(), empty)
+    await page.add_up()
     assert b"gpud_guest_image_usable 0.0" in await page.render()
 
 
