@@ -199,7 +199,6 @@ async def test_a_late_answer_holds_up_no_look_and_is_not_asked_for_twice(
     view: View, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was last known of a card counts meanwhile; a card that nothing is known of is not sold."""
-    monkeypatch.setattr(obstacles, "_ANSWER_S", 0.02)
     may_answer, asked = threading.Event(), []
     truth = Handover.obstacles
 
@@ -210,6 +209,7 @@ async def test_a_late_answer_holds_up_no_look_and_is_not_asked_for_twice(
 
     host = view()
     await host.refresh()
+    monkeypatch.setattr(obstacles, "_ANSWER_S", 0.02)
     third = kernel.add_function("0000:03:00.0", device=0x2684, driver="nvidia", group=3)
     monkeypatch.setattr(
         host._obstacles._handover, "obstacles", partial(late, Handover(kernel.sysfs, kernel.proc))
