@@ -118,7 +118,7 @@ async def greeted(hypervisor: Hypervisor, spec: DomainSpec, greeting: bytes) -> 
 
     Twice, on busy machines with libvirt 9.0 and 11.3, a console stayed silent after it was taken over, in
     11.3 through four resets; why was not found, and minutes of nothing else did not show it again.
-    gpud opens a console anew at its next look at the guest; one that then stays silent too fails.
+    A silent one is therefore opened anew here; four silent ones fail.
     """
     connection = libvirt.open(SYSTEM)
     try:
