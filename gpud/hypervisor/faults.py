@@ -25,7 +25,6 @@ _LOGIN_CODES = frozenset(
 )
 _LOGIN_HINT = "gpud's user must be in the group libvirt"
 _DAEMON_HINT = "is libvirtd running? gpud keeps trying"
-_LOG_DAEMON_HINT = "libvirtd runs, virtlogd does not: systemctl start virtlogd.socket"
 
 _HINTS: Final = (
     ("already exists with uuid", "a domain that is not gpud's has that name: remove or rename it"),
@@ -37,6 +36,7 @@ _HINTS: Final = (
     ),
     ("unable to find any firmware", "install OVMF (package ovmf), or set guest.firmware to bios"),
     ('"write" lock', "another process, perhaps an orphaned QEMU, has the file open"),
+    ("virtlogd-sock", "libvirtd runs, virtlogd does not: systemctl start virtlogd.socket"),
     ("network not found", "gpud makes its network when it starts: restart it"),
     (
         "already in use by interface",
@@ -72,7 +72,8 @@ def translate(error: libvirt.libvirtError, what: str, code: Code) -> GpudError:
     if code_of(error) in _LOGIN_CODES:
         return unavailable(f"libvirt refuses to {what}: {error}", _LOGIN_HINT)
     if connection_lost(error):
-        return unavailable(f"cannot reach libvirt to {what}: {error}", _connection_hint(str(error)))
+        hint = _LOGIN_HINT if "Permission denied" in str(error) else _hint(str(error))
+        return unavailable(f"cannot reach libvirt to {what}: {error}", hint or _DAEMON_HINT)
     return GpudError(
         code, f"cannot {what}: {error}", hint=_hint(str(error)), transient=_passes_by_itself(error)
     )
@@ -81,12 +82,6 @@ def translate(error: libvirt.libvirtError, what: str, code: Code) -> GpudError:
 def unavailable(detail: str, hint: str = _DAEMON_HINT) -> GpudError:
     """Make the error of a hypervisor that is away for now."""
     return GpudError(Code.HYPERVISOR_UNAVAILABLE, detail, hint=hint, retry_after_s=RETRY_AFTER_S)
-
-
-def _connection_hint(message: str) -> str:
-    if "Permission denied" in message:
-        return _LOGIN_HINT
-    return _LOG_DAEMON_HINT if "virtlogd" in message else _DAEMON_HINT
 
 
 def _hint(message: str) -> str:
