@@ -219,16 +219,19 @@ def gpud(
     return lambda *words: CliRunner(env=environment).invoke(cli.main, ["doctor", *words])
 
 
-def test_the_verb_shows_every_verdict_and_its_status(gpud: Callable[..., Result]) -> None:
+def test_the_verb_shows_every_verdict_and_its_status(
+    gpud: Callable[..., Result], config_file: Path, tmp_path: Path
+) -> None:
+    # Of OVMF libvirt 9's test driver says nothing, and libvirt 11's that there is none.
+    bios = {**settings(tmp_path), "guest": {"firmware": "bios"}}
+    config_file.write_text(yaml.safe_dump(bios))
     result = gpud()
     assert result.exit_code == 2  # the test driver emulates its guests
     lines = result.stdout.splitlines()
     assert lines[0] == "Host"
     assert any(line.startswith("  FAULT    guests ") for line in lines)
     assert any(line.strip().startswith("> see CPU and /dev/kvm above") for line in lines)
-    faults = sum(line.startswith("  FAULT ") for line in lines)
-    # libvirt 11's test driver tells of firmware, and has none.
-    assert lines[-1].startswith({1: "1 fault, ", 2: "2 faults, "}[faults])
+    assert lines[-1].startswith("1 fault, ")
 
 
 def test_the_verb_gives_the_same_as_json(gpud: Callable[..., Result]) -> None:
