@@ -138,8 +138,8 @@ class GpudServer:
     async def remove_domains(self) -> None:
         """End the guests of this server, by the directories they were started from.
 
-        A guest may end by itself meanwhile (a released one still shuts down), and then libvirt
-        refuses; a guest that is still there afterwards is a failure.
+        A guest may end by itself meanwhile, and then libvirt refuses; one that is still there
+        afterwards is a failure.
         """
         uri = self.config["libvirt"]["uri"]
         for directory in (self.state_dir / "instances").glob("i-*"):

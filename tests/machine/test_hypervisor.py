@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import libvirt
 import pytest
@@ -113,26 +113,23 @@ def dhcp_hosts(network: str) -> str:
     return Path(f"/var/lib/libvirt/dnsmasq/{network}.hostsfile").read_text()
 
 
-async def greeted(hypervisor: Hypervisor, spec: DomainSpec, greeting: bytes) -> GuestStream:
+async def greeted(
+    hypervisor: Hypervisor, domain: libvirt.virDomain, greeting: bytes
+) -> GuestStream:
     """Take the console over and reset the guest until its firmware's word is read.
 
     Twice, on busy machines with libvirt 9.0 and 11.3, a console stayed silent after it was taken over, in
     11.3 through four resets; why was not found, and minutes of nothing else did not show it again.
     A silent one is therefore opened anew here; four silent ones fail.
     """
-    connection = libvirt.open(SYSTEM)
-    try:
-        domain = connection.lookupByUUIDString(str(spec.uuid))
-        for _ in range(4):
-            console = await hypervisor.console(spec.uuid)
-            domain.reset()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(60):
-                    await read_until(greeting, console)
-                return console
-            await console.close()
-    finally:
-        connection.close()
+    for _ in range(4):
+        console = await hypervisor.console(UUID(bytes=domain.UUID()))
+        domain.reset()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(60):
+                await read_until(greeting, console)
+            return console
+        await console.close()
     pytest.fail(f"{greeting!r} was not read from any of four consoles")
 
 
@@ -186,9 +183,10 @@ async def test_guest_lives_and_leaves_nothing(
             assert spec.nvram.exists() is (firmware == "uefi")
 
             connection = libvirt.open(system)
-            assert not connection.lookupByUUIDString(str(spec.uuid)).isPersistent()
+            domain = connection.lookupByUUIDString(str(spec.uuid))
+            assert not domain.isPersistent()
             # Whoever comes later gets the console: a restarted gpud meets its former self's.
-            for console in [await greeted(hypervisor, spec, greeting) for _ in range(2)]:
+            for console in [await greeted(hypervisor, domain, greeting) for _ in range(2)]:
                 await console.close()
             channel = await hypervisor.channel(spec.uuid)
             await channel.close()
