@@ -62,7 +62,7 @@ async def bare(request: pytest.FixtureRequest) -> AsyncIterator[Lab]:
     async with _booted(request, "a bare server boots", bare=True) as lab:
         yield lab
         if getattr(request.node, "failed", False) and not lab.server.dead:
-            print(await lab.server.run("journalctl -u gpud -o cat --no-pager -n 60"))
+            print(await lab.last_words())
 
 
 @pytest.fixture

@@ -31,6 +31,22 @@ _MOST_DEATHS = 3
 """More of them in one run are no accident any more."""
 
 _CONFIG = "/etc/gpud/gpud.yaml"
+_LAST_WORDS_S = 300
+_LAST_WORDS = """
+journalctl -u gpud -o cat --no-pager -n 60
+dmesg | tail -n 30
+top -b -n 1 | head -n 20
+gpud gpus
+virsh list --all
+for guest in $(virsh list --name); do
+  echo "--- $guest"
+  for look in 1 2; do  # a processor that is stuck is where it was
+    virsh qemu-monitor-command --hmp "$guest" 'info registers' | grep 'IP='
+  done
+  tail -n 20 "/var/lib/gpud/console/${guest#gpud-}"*
+done
+true
+"""
 
 
 class Lab:
@@ -301,12 +317,8 @@ class Lab:
                     await asyncio.sleep(1)
 
     async def last_words(self) -> str:
-        """What helps to understand a failure."""
-        log = await self.server.run(
-            "journalctl -u gpud -o cat --no-pager -n 60; dmesg | tail -n 30"
-        )
-        gpus = [f"{at} {gpu['state']} {gpu['why_not']}" for at, gpu in (await self.gpus()).items()]
-        return "\n".join([*gpus, log])
+        """What helps to understand a failure: the service, the kernel, the cards, the guests."""
+        return await self.server.run(_LAST_WORDS, timeout_s=_LAST_WORDS_S)
 
     async def _ask(self, path: str) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(await self._get(path))
