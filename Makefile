@@ -65,8 +65,8 @@ chaos: setup ## faults by the thousand into docs/chaos.md; CHAOS_CRASHES=1000, S
 machine: setup ## tests on real libvirt and QEMU
 	$(BIN)/pytest tests/machine -m 'not long' -v --timeout=900 --numprocesses 2
 
-lab: setup ## a GPU server in a box: real IOMMU, VFIO, systemd, power cuts; 25 minutes
-	$(BIN)/pytest tests/lab/test_lab.py -v --timeout=2400
+lab: setup ## a GPU server in a box: real IOMMU, VFIO, systemd, power cuts; 25 minutes; WITHIN_S=…
+	$(BIN)/pytest tests/lab/test_lab.py -v --timeout=2400 $(if $(WITHIN_S),--begin-within=$(WITHIN_S))
 
 operator: setup ## the same box, from bare Debian to sales and back, by the package's own words; a quarter of an hour
 	$(BIN)/pytest tests/lab/test_operator.py -v --timeout=2400

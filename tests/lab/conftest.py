@@ -17,6 +17,7 @@ import pytest_asyncio
 from tests.lab.lab import Lab, running_lab
 
 _ROWS = pytest.StashKey[list[tuple[str, str, float]]]()
+_BEGAN = time.monotonic()
 
 
 @asynccontextmanager
@@ -78,12 +79,24 @@ def step(request: pytest.FixtureRequest) -> Callable[[str], AbstractAsyncContext
     return step
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--begin-within", type=int, metavar="SECONDS",
+        help="begin no scenario but the first later than this; those left out are told",
+    )  # fmt: skip
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = []
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Any:
+    within_s: int | None = item.config.getoption("--begin-within")
+    rows = item.config.stash[_ROWS]
+    if rows and within_s is not None and time.monotonic() - _BEGAN > within_s:
+        rows.append((_sentence(item), "left out for lack of time", 0))
+        pytest.skip(f"{within_s} s are over")
     result = yield
     item.deaths_before = _deaths(item)  # type: ignore[attr-defined]
     return result
@@ -106,9 +119,14 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
             result += (
                 f", after the emulated server had died {'once' if died == 1 else f'{died} times'}"
             )
-        sentence = (item.function.__doc__ or item.name).splitlines()[0]  # type: ignore[attr-defined]
-        item.config.stash[_ROWS].append((sentence.rstrip("."), result, report.duration))
+        item.config.stash[_ROWS].append((_sentence(item), result, report.duration))
     return report
+
+
+def _sentence(item: pytest.Item) -> str:
+    """What a scenario shows."""
+    text: str = item.function.__doc__ or item.name  # type: ignore[attr-defined]
+    return text.splitlines()[0].rstrip(".")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
