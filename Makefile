@@ -14,6 +14,8 @@ CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gpud
 endif
 IMAGE := $(CACHE)/guest-$(shell sha256sum tests/guest/build.sh | cut -c1-12).qcow2
 export GPUD_TEST_IMAGE := $(IMAGE)
+# Of the tests that wait for nobody else; a third process fills the gaps of two.
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 3 ? 3 : n > 8 ? 8 : n)))
 CHAOS_TESTS := tests/chaos tests/unit/lifecycle/test_whole_order.py $(wildcard tests/machine/test_chaos*.py)
 
 .PHONY: help setup demo test lint unit chaos-short chaos machine lab operator golden bench docs deb install uninstall clean
@@ -51,7 +53,7 @@ lint: $(VENV)/.ready ## linters, types, layering
 		systemd/*.sh systemd/deb/build.sh systemd/deb/p*
 
 unit: $(VENV)/.ready ## unit tests, with coverage
-	$(BIN)/pytest tests/unit --numprocesses 3 --dist worksteal --cov --cov-report=term --cov-fail-under=95
+	$(BIN)/pytest tests/unit --numprocesses $(JOBS) --dist worksteal --cov --cov-report=term --cov-fail-under=95
 	@$(BIN)/coverage report --include='gpud/lifecycle/*' --fail-under=100 >/dev/null || \
 		{ echo "unit: an order's life is tested in every branch, and is not any more" >&2; exit 1; }
 
