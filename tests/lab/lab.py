@@ -40,7 +40,7 @@ gpud gpus
 virsh list --all
 for guest in $(virsh list --name); do
   echo "--- $guest"
-  for look in 1 2; do  # a processor that is stuck is where it was
+  for _ in 1 2; do  # a processor that is stuck is where it was
     virsh qemu-monitor-command --hmp "$guest" 'info registers' | grep 'IP='
   done
   tail -n 20 "/var/lib/gpud/console/${guest#gpud-}"*

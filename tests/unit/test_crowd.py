@@ -48,6 +48,11 @@ class Door:
         await asyncio.sleep(0.005)
         return reader
 
+    async def emptied(self) -> None:
+        """Wait until nobody is there any more."""
+        while self.crowd._visitors:
+            await asyncio.sleep(0.001)
+
     def leave(self) -> None:
         """Everybody goes."""
         for writer in self.writers:
@@ -161,8 +166,7 @@ async def test_who_takes_too_long_to_ask_is_cut_off(open_door: OpenDoor, sent: b
     slow = await door.connect(sent)
     async with asyncio.timeout(5):
         assert b"held" not in await slow.read()
-        while door.crowd._visitors:
-            await asyncio.sleep(0.001)
+        await door.emptied()
 
 
 async def test_who_has_asked_may_wait_for_the_answer(open_door: OpenDoor) -> None:
@@ -185,8 +189,7 @@ async def test_a_handshake_that_takes_too_long_is_cut_off(
     assert len(door.crowd._visitors) == 1, "it counts from the beginning"
     async with asyncio.timeout(5):
         await slow.read()
-        while door.crowd._visitors:
-            await asyncio.sleep(0.001)
+        await door.emptied()
 
 
 async def test_no_tls_where_tls_is_spoken_costs_nobody_anything(
@@ -196,8 +199,7 @@ async def test_no_tls_where_tls_is_spoken_costs_nobody_anything(
     door = await open_door(tls)
     async with asyncio.timeout(5):
         assert b"HTTP" not in await (await door.connect(ASKING)).read()
-        while door.crowd._visitors:
-            await asyncio.sleep(0.001)
+        await door.emptied()
 
 
 async def test_connections_leave_no_descriptor_behind(open_door: OpenDoor, tmp_path: Path) -> None:
