@@ -2,6 +2,10 @@
 
 No shell, no inherited environment, no prompt on standard input. A program that does not end in its
 time is killed with everything it started.
+
+Programs are started with :mod:`subprocess` and not with asyncio's own, which never ends where a loop
+that is being closed cancels it between the fork and the connection of the pipes: it waits for pipes that
+nobody connects any more.
 """
 
 from __future__ import annotations
@@ -12,10 +16,12 @@ import errno
 import os
 import shutil
 import signal
-from collections.abc import Collection, Mapping
+import subprocess
+import threading
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 from gpud.errors import Code, GpudError
 
@@ -36,6 +42,8 @@ _MAX_STDOUT_BYTES: Final = 4 * 2**20
 _STDERR_TAIL_BYTES: Final = 4096
 _READ_BYTES: Final = 65536
 _KILL_GRACE_S: Final = 2.0
+_LOOK_AGAIN_S: Final = 0.0005
+_LOOK_AT_LEAST_S: Final = 0.05
 _EXHAUSTED: Final = {errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM}
 """The host has no more of something at the moment: descriptors, processes, memory."""
 
@@ -85,26 +93,14 @@ async def run(
     executable = shutil.which(program, path=environment["PATH"])
     if executable is None:
         raise _failed(f"the program {name} is not installed", hint=_install_hint(name))
-    starting = asyncio.ensure_future(
-        asyncio.create_subprocess_exec(
-            executable,
-            *(os.fspath(argument) for argument in argv[1:]),
-            stdin=asyncio.subprocess.DEVNULL if input is None else asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=environment,
-            cwd=cwd,
-            start_new_session=True,  # its own process group, so that all of it can be killed
-        )
-    )
     try:
-        process = await _started(starting)
+        process = _start([executable, *argv[1:]], input, environment, cwd)
     except OSError as error:
         detail = f"{name} could not be started: {error.strerror}"
         raise _failed(detail, transient=error.errno in _EXHAUSTED) from error
     try:
         async with asyncio.timeout(timeout_s):
-            stdout, stderr, exit_code = await _converse(process, input)
+            stdout, stderr, exit_code = await _heard_out(process)
     except TimeoutError as error:
         detail = f"{name} did not end within {timeout_s:g} s and was killed"
         if not await _kill(process):
@@ -113,6 +109,9 @@ async def run(
     except BaseException:  # cancellation above all: whatever happens, nothing is left running
         await _kill(process)
         raise
+    finally:
+        for pipe in _pipes(process):
+            pipe.close()
     if len(stdout) > _MAX_STDOUT_BYTES:
         raise _failed(f"{name} wrote more than {_MAX_STDOUT_BYTES} bytes")
     completed = Completed(_text(stdout), _text(stderr), exit_code, stdout)
@@ -121,63 +120,85 @@ async def run(
     return completed
 
 
-async def _started(
-    starting: asyncio.Future[asyncio.subprocess.Process],
-) -> asyncio.subprocess.Process:
-    """Wait for the start to be over, cancelled or not.
+def _start(
+    argv: list[str | Path], data: bytes | None, environment: Mapping[str, str], cwd: Path | None
+) -> subprocess.Popen[bytes]:
+    """Fork; the loop stands still for it, as it would for asyncio's own."""
+    with _standard_input(data) as stdin:
+        return subprocess.Popen(
+            argv,
+            bufsize=0,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            cwd=cwd,
+            start_new_session=True,  # its own process group, so that all of it can be killed
+        )
 
-    asyncio itself, cancelled between the fork and the connection of the pipes, kills the program but
-    none of its children, and may wait for them for good.
-    """
-    try:
-        return await asyncio.shield(starting)
-    except asyncio.CancelledError:
-        await asyncio.wait([starting])
-        if starting.exception() is None:
-            await _kill(starting.result())
-        raise
+
+@contextlib.contextmanager
+def _standard_input(data: bytes | None) -> Iterator[int]:
+    """A descriptor to read ``data`` from; out of memory, so that nobody has to feed the program."""
+    if data is None:
+        yield subprocess.DEVNULL
+        return
+    with open(os.memfd_create("input"), "w+b") as file:  # noqa: PTH123 - it has no path
+        file.write(data)
+        file.seek(0)
+        yield file.fileno()
 
 
-async def _converse(
-    process: asyncio.subprocess.Process, stdin: bytes | None
-) -> tuple[bytes, bytes, int]:
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
     assert process.stdout is not None  # noqa: S101 - both were asked for as pipes
     assert process.stderr is not None  # noqa: S101
-    _, stdout, stderr = await asyncio.gather(
-        _feed(process.stdin, stdin),
+    return process.stdout, process.stderr
+
+
+async def _heard_out(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes, int]:
+    """What a program writes until it and all that have its pipes are done, and its exit status."""
+    stdout, stderr = _pipes(process)
+    async with asyncio.TaskGroup() as group:
         # One byte more than allowed is kept, to know that there was more.
-        _read_to_end(process.stdout, slice(0, _MAX_STDOUT_BYTES + 1)),
-        _read_to_end(process.stderr, slice(-_STDERR_TAIL_BYTES, None)),
+        out = group.create_task(_read_to_end(stdout, slice(0, _MAX_STDOUT_BYTES + 1)))
+        err = group.create_task(_read_to_end(stderr, slice(-_STDERR_TAIL_BYTES, None)))
+    return out.result(), err.result(), await _exit_code(process)
+
+
+async def _read_to_end(pipe: IO[bytes], kept: slice) -> bytes:
+    """Drain ``pipe`` so that its writer never blocks, holding no more than ``kept`` of it."""
+    stream = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(stream), pipe
     )
-    return stdout, stderr, await process.wait()
-
-
-async def _feed(stream: asyncio.StreamWriter | None, data: bytes | None) -> None:
-    if stream is None or data is None:
-        return
-    # A program may end without reading all of its input; its exit status tells whether that is bad.
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        stream.write(data)
-        await stream.drain()
-    stream.close()
-
-
-async def _read_to_end(stream: asyncio.StreamReader, kept: slice) -> bytes:
-    """Drain ``stream`` so that its writer never blocks, holding no more than ``kept`` of it."""
     data = b""
-    while chunk := await stream.read(_READ_BYTES):
-        data = (data + chunk)[kept]
+    try:
+        while chunk := await stream.read(_READ_BYTES):
+            data = (data + chunk)[kept]
+    finally:
+        transport.close()
     return data
 
 
-async def _kill(process: asyncio.subprocess.Process) -> bool:
+async def _exit_code(process: subprocess.Popen[bytes]) -> int:
+    """Wait for the end of a program whose pipes are at theirs, or which was killed: for moments."""
+    pause_s = _LOOK_AGAIN_S
+    while (exit_code := process.poll()) is None:
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LOOK_AT_LEAST_S)
+    return exit_code
+
+
+async def _kill(process: subprocess.Popen[bytes]) -> bool:
     """Kill the whole process group; False when its leader does not go away."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     try:
         async with asyncio.timeout(_KILL_GRACE_S):
-            await process.wait()
+            await _exit_code(process)
     except TimeoutError:
+        # Whenever it does go, it must not stay behind as a zombie.
+        threading.Thread(target=process.wait, name=f"waitpid-{process.pid}", daemon=True).start()
         return False
     return True
 

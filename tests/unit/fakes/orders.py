@@ -82,6 +82,6 @@ async def until(condition: Callable[[], object], patience_s: float = 8) -> None:
 
 
 async def until_reaped() -> None:
-    """Wait until asyncio knows of every child that has ended; one it never heard of is a warning."""
+    """Wait until every child that outlived its kill is reaped; one that is not is a warning."""
     await until(lambda: not any("waitpid" in thread.name for thread in threading.enumerate()))
     await asyncio.sleep(0.01)

@@ -118,7 +118,7 @@ async def test_a_function_in_a_reset_without_end_is_silent_and_the_others_answer
     sysfs = Sysfs(desktop.sysfs)
 
     for _ in range(2):
-        assert silent(await livebus.read(sysfs, 0.3)) == [GPU]
+        assert silent(await livebus.read(sysfs, 1)) == [GPU]
 
 
 async def test_a_bridge_is_never_asked(tmp_path: Path) -> None:
