@@ -29,6 +29,10 @@ _ACCEPT_AGAIN_S: Final = 1.0
 _AT_ONCE: Final = 100
 """Of more, those who were let in before are seen to first."""
 
+_TURNS: Final = 16
+"""The loop takes six turns from letting a caller in until the request he came with is under way, and in
+each of them both families' listeners may let others in."""
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 NewHandler = Callable[[], web.RequestHandler]
 
@@ -149,7 +153,7 @@ class Crowd:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _accept(self, listener: socket.socket, new_handler: NewHandler) -> None:
-        for _ in range(_AT_ONCE):
+        for _ in range(self._at_once()):
             try:
                 connection, peername = listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
@@ -162,6 +166,11 @@ class Crowd:
                 return
             connection.setblocking(False)  # noqa: FBT003 - the signature of a socket
             self._admit(connection, peername[0], new_handler)
+
+    def _at_once(self) -> int:
+        """So few that nobody is the oldest idle one before his request could be read."""
+        places = min(most_connections(), self._server.max_connections_per_address)
+        return max(1, min(_AT_ONCE, places // _TURNS))
 
     def _admit(self, connection: socket.socket, peer: str, new_handler: NewHandler) -> None:
         address = parse_address(peer)

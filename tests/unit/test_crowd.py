@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import socket
 import ssl
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -135,6 +136,24 @@ async def test_where_all_are_busy_one_more_is_turned_away(open_door: OpenDoor) -
     door.go_on.set()
     for reader in busy:
         assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(("descriptors", "per_address"), [(256, 256), (100_000, 64)])
+async def test_a_request_that_is_there_is_read_before_its_connection_can_give_way(
+    open_door: OpenDoor, monkeypatch: pytest.MonkeyPatch, descriptors: int, per_address: int
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (descriptors, descriptors))
+    door = await open_door(max_connections_per_address=per_address)
+    door.go_on.set()
+    with ExitStack() as stack:
+        asking, *_ = [  # all before the loop turns: it finds them waiting
+            stack.enter_context(socket.create_connection(("127.0.0.1", door.port)))
+            for _ in range(120)
+        ]
+        asking.sendall(ASKING)
+        asking.setblocking(False)
+        answer = await asyncio.get_running_loop().sock_recv(asking, 1000)
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
 
 
 async def test_one_address_has_only_so_many(open_door: OpenDoor) -> None:
