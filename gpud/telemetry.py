@@ -13,6 +13,7 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 from gpud.config import Log
 from gpud.errors import Code
 from gpud.model import RELEASE_STEPS, Step
+from gpud.tally import RequestTally
 
 _ANSWER_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _STEP_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 900)
@@ -101,14 +102,8 @@ class Metrics:
         self._count_libvirt()
 
     def _count_api(self) -> None:
-        self.requests = Counter(
-            "gpud_api_requests", "API requests by route, method and status.",
-            ["route", "method", "status"], registry=self.registry,
-        )  # fmt: skip
-        self.request_seconds = Histogram(
-            "gpud_api_request_seconds", "Time to answer an API request.",
-            ["route"], buckets=_ANSWER_BUCKETS_S, registry=self.registry,
-        )  # fmt: skip
+        self.requests = RequestTally(_ANSWER_BUCKETS_S)
+        self.registry.register(self.requests)
         self.token_failures = Counter(
             "gpud_token_failures", "Refused bearer tokens by reason.",
             ["reason"], registry=self.registry,

@@ -13,7 +13,6 @@ from typing import Final
 
 import structlog
 from aiohttp import web
-from prometheus_client import Counter, Histogram
 from structlog.contextvars import bound_contextvars
 
 from gpud.api.auth import Authenticator, AuthError, Caller, Reason
@@ -36,14 +35,18 @@ _UNROUTED = "(none)"
 _READS = frozenset({"GET", "HEAD"})
 _METHODS = _READS | {"POST", "DELETE"}
 _RETRY_AFTER_S = 5
+_SERVER_ERROR: Final = int(HTTPStatus.INTERNAL_SERVER_ERROR)
 
 _LIMIT_OF: Final = {
-    "/openapi.yaml": {"GET": "document_per_minute"},
-    "/v1/gpu/available": {"GET": "offerings_per_minute"},
+    "/openapi.yaml": dict.fromkeys(_READS, "document_per_minute"),
+    "/v1/gpu/available": dict.fromkeys(_READS, "offerings_per_minute"),
     "/v1/instances": {"POST": "orders_per_minute"},
-    "/v1/instances/{id}": {"GET": "statuses_per_minute", "DELETE": "terminations_per_minute"},
+    "/v1/instances/{id}": {
+        **dict.fromkeys(_READS, "statuses_per_minute"),
+        "DELETE": "terminations_per_minute",
+    },
 }
-"""Which of ``server.limits`` bounds a route's method; HEAD counts as GET."""
+"""Which of ``server.limits`` bounds a route's method."""
 
 _REFUSED: Final = "refused_tokens_per_minute"
 _NOT_THE_TOKENS_FAULT: Final = frozenset({Code.MISSING_TOKEN, Code.AUTH_UNAVAILABLE})
@@ -66,11 +69,9 @@ class Gate:
         metrics: Metrics,
         rates: Rates | None = None,
     ) -> None:
-        self._server = server
-        self._authenticator = authenticator
+        self.reconfigure(server, authenticator)
         self._metrics = metrics
         self._rates = rates or Rates()
-        self._series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         for reason in Reason:  # so that the first of each is seen as an increase
             metrics.token_failures.labels(reason.value)
 
@@ -83,6 +84,11 @@ class Gate:
         """Go by these from the next request on."""
         self._server = server
         self._authenticator = authenticator
+        self._limits: dict[tuple[str, str], tuple[str, int | None]] = {
+            (route, method): (limit, getattr(server.limits, limit))
+            for route, limits in _LIMIT_OF.items()
+            for method, limit in limits.items()
+        }
 
     @web.middleware
     async def pass_through(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -174,8 +180,7 @@ class Gate:
         Raises:
             GpudError: ``RATE_LIMITED``: it is one too many.
         """
-        limit = _LIMIT_OF[route]["GET" if request.method == "HEAD" else request.method]
-        per_minute: int | None = getattr(self._server.limits, limit)
+        limit, per_minute = self._limits[route, request.method]
         if per_minute is None:
             return
         key = (limit, client)
@@ -209,7 +214,7 @@ class Gate:
             route=_route(request), code=error.code.value, problems=[p.where for p in error.problems],
             **self._client(request),
         )  # fmt: skip
-        if error.http_status == HTTPStatus.INTERNAL_SERVER_ERROR:
+        if error.http_status == _SERVER_ERROR:
             _log.error("request failed", request_id=request[REQUEST_ID], error=str(error))
         response = problem(error, request[REQUEST_ID])
         if error.code in {Code.PAYLOAD_TOO_LARGE, Code.REQUEST_TIMEOUT}:
@@ -218,27 +223,10 @@ class Gate:
         return response
 
     def _account(self, request: web.Request, route: str, status: int, seconds: float) -> None:
-        if status >= HTTPStatus.INTERNAL_SERVER_ERROR and _COUNTED in request:
+        if status >= _SERVER_ERROR and _COUNTED in request:
             self._rates.give_back(*request[_COUNTED])  # GPU.ai repeats it, and is right to
-        key = (route, request.method, status)
-        series = self._series.get(key)
-        if series is None:
-            series = self._new_series(*key)
-        requests, answer_seconds = series
-        requests.inc()
-        answer_seconds.observe(seconds)
-
-    def _new_series(self, route: str, method: str, status: int) -> tuple[Counter, Histogram]:
-        """Find a request's series: prometheus_client does so by locks and texts, so once is enough."""
-        series = (
-            self._metrics.requests.labels(
-                route, method if method in _METHODS else "other", str(status)
-            ),
-            self._metrics.request_seconds.labels(route),
-        )
-        if method in _METHODS:  # of which there are few, whatever a caller makes up
-            self._series[route, method, status] = series
-        return series
+        method = request.method if request.method in _METHODS else "other"
+        self._metrics.requests.count(route, method, status, seconds)
 
     def _client(self, request: web.Request) -> dict[str, str]:
         origin = origin_of(request, self._server)
