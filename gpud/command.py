@@ -42,8 +42,8 @@ _MAX_STDOUT_BYTES: Final = 4 * 2**20
 _STDERR_TAIL_BYTES: Final = 4096
 _READ_BYTES: Final = 65536
 _KILL_GRACE_S: Final = 2.0
-_LOOK_AGAIN_S: Final = 0.0005
-_LOOK_AT_LEAST_S: Final = 0.05
+_FIRST_PAUSE_S: Final = 0.0005
+_LONGEST_PAUSE_S: Final = 0.05
 _EXHAUSTED: Final = {errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM}
 """The host has no more of something at the moment: descriptors, processes, memory."""
 
@@ -181,11 +181,11 @@ async def _read_to_end(pipe: IO[bytes], kept: slice) -> bytes:
 
 
 async def _exit_code(process: subprocess.Popen[bytes]) -> int:
-    """Wait for the end of a program whose pipes are at theirs, or which was killed: for moments."""
-    pause_s = _LOOK_AGAIN_S
+    """Wait for the end of a program that was killed, or whose pipes are at theirs: seldom for long."""
+    pause_s = _FIRST_PAUSE_S
     while (exit_code := process.poll()) is None:
         await asyncio.sleep(pause_s)
-        pause_s = min(2 * pause_s, _LOOK_AT_LEAST_S)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
     return exit_code
 
 
@@ -197,9 +197,11 @@ async def _kill(process: subprocess.Popen[bytes]) -> bool:
         async with asyncio.timeout(_KILL_GRACE_S):
             await _exit_code(process)
     except TimeoutError:
-        # Whenever it does go, it must not stay behind as a zombie.
-        threading.Thread(target=process.wait, name=f"waitpid-{process.pid}", daemon=True).start()
         return False
+    finally:
+        if process.returncode is None:  # whenever it does go, it must not stay behind as a zombie
+            name = f"waitpid-{process.pid}"
+            threading.Thread(target=process.wait, name=name, daemon=True).start()
     return True
 
 

@@ -30,8 +30,9 @@ _AT_ONCE: Final = 100
 """Of more, those who were let in before are seen to first."""
 
 _TURNS: Final = 16
-"""The loop takes six turns from letting a caller in until the request he came with is under way, and in
-each of them both families' listeners may let others in."""
+"""The loop takes six turns to let a caller in and have the request that he came with under way, and in
+each of them two listeners may let others in. Against a TLS handshake, which takes round trips, no number
+of turns is enough."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 NewHandler = Callable[[], web.RequestHandler]
@@ -168,7 +169,7 @@ class Crowd:
             self._admit(connection, peername[0], new_handler)
 
     def _at_once(self) -> int:
-        """So few that nobody is the oldest idle one before his request could be read."""
+        """So few that, with places enough, a request that came with its connection is always read."""
         places = min(most_connections(), self._server.max_connections_per_address)
         return max(1, min(_AT_ONCE, places // _TURNS))
 

@@ -1,7 +1,7 @@
 """The API's requests, counted cheaply: GPU.ai polls, and each poll pays for the counting.
 
-A ``prometheus_client`` counter takes a lock and walks its buckets at every turn; here that is left to the
-scrape, and a request costs two additions. Not for threads: the event loop's only.
+A ``prometheus_client`` histogram takes a lock and walks its buckets at every request; here that is left
+to the scrape, and a request costs two additions. Not for threads: the event loop's only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class RequestTally(Collector):
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def count(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Count a request; route and method must be from closed sets."""
+        """Count a request; all but the seconds must be from closed sets."""
         self._answers[route, method, status][bisect_left(self._bounds_s, seconds)] += 1
         self._seconds[route] += seconds
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from importlib import import_module
 from typing import Any, Final
 
@@ -53,6 +54,8 @@ class Verbs(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - click's signature
         """Run the verb."""
+        # Inherited as ignored, it would make every program that is called look as if it had succeeded.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             return super().invoke(ctx)
         except GpudError as error:

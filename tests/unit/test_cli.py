@@ -154,6 +154,15 @@ def test_openapi_prints_the_document(gpud: Callable[..., Result]) -> None:
     assert result.stdout_bytes == openapi_document()
 
 
+def test_how_programs_end_is_heard_whoever_started_the_command(gpud: Callable[..., Result]) -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert gpud("openapi").exit_code == 0
+        assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def test_a_good_config_is_ok(gpud: Callable[..., Result], config_file: Path) -> None:
     result = gpud("config", "check", str(config_file))
     assert (result.exit_code, result.output) == (0, f"{config_file}: ok, 2 shapes on offer\n")

@@ -46,6 +46,19 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.002)
 
 
+def remembered_starts(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """Every program that is started from now on."""
+    started = []
+    really_start = command._start
+
+    def start(*words: Any) -> subprocess.Popen[bytes]:
+        started.append(really_start(*words))
+        return started[-1]
+
+    monkeypatch.setattr(command, "_start", start)
+    return started
+
+
 def read_pid(path: Path) -> int:
     return int(path.read_text())
 
@@ -167,11 +180,15 @@ async def test_cancellation_kills_the_program_and_its_children(tmp_path: Path) -
 
 @shell
 @pytest.mark.parametrize("steps", range(6))
-def test_a_loop_that_is_closed_cancels_what_is_being_started(tmp_path: Path, steps: int) -> None:
+def test_a_loop_that_is_closed_cancels_what_is_being_started(
+    monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    started = remembered_starts(monkeypatch)
+
     async def left_behind() -> None:
-        script = f"echo $$ > {tmp_path}/$$; exec sleep 600"
         tasks = [
-            asyncio.create_task(command.run(SHELL, "-c", script, timeout_s=600)) for _ in range(3)
+            asyncio.create_task(command.run(SHELL, "-c", "sleep 600", timeout_s=600))
+            for _ in range(3)
         ]
         for _ in range(steps):
             await asyncio.sleep(0)
@@ -179,7 +196,25 @@ def test_a_loop_that_is_closed_cancels_what_is_being_started(tmp_path: Path, ste
 
     asyncio.run(left_behind())
 
-    assert not any(alive(read_pid(file)) for file in tmp_path.iterdir())
+    assert len(started) == 3
+    assert not any(alive(process.pid) for process in started)
+
+
+@shell
+async def test_cancelled_twice_it_leaves_no_zombie(monkeypatch: pytest.MonkeyPatch) -> None:
+    really_kill = os.killpg
+    monkeypatch.setattr(os, "killpg", lambda *_: None)  # as in uninterruptible sleep
+    started = remembered_starts(monkeypatch)
+    task = asyncio.create_task(command.run(SHELL, "-c", "exec sleep 600", timeout_s=600))
+    await until(lambda: bool(started))
+
+    for _ in range(2):
+        task.cancel()
+        await asyncio.sleep(0.01)
+
+    assert task.cancelled()
+    really_kill(started[0].pid, 9)
+    await until(lambda: started[0].returncode is not None)
 
 
 @shell
