@@ -16,7 +16,7 @@ IMAGE := $(CACHE)/guest-$(shell sha256sum tests/guest/build.sh | cut -c1-12).qco
 export GPUD_TEST_IMAGE := $(IMAGE)
 # Of the tests that wait for nobody else; a third process fills the gaps of two.
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 3 ? 3 : n > 8 ? 8 : n)))
-CHAOS_TESTS := tests/chaos tests/unit/lifecycle/test_whole_order.py $(wildcard tests/machine/test_chaos*.py)
+CHAOS_TESTS := tests/chaos $(wildcard tests/machine/test_chaos*.py)
 
 .PHONY: help setup demo test lint unit chaos-short chaos machine lab operator golden bench docs deb install uninstall clean
 help: ## this list

@@ -1,6 +1,6 @@
 """Two blows at chosen places: a DELETE in one step and death in another; the server down in any step.
 
-The steps come from the table of legal moves; single deaths in each are in ``test_whole_order.py``.
+The steps come from the table of legal moves; single deaths in each are in ``test_every_step.py``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tests.unit.fakes.orders import until
 from tests.unit.lifecycle.conftest import StartGpud
 from tests.unit.lifecycle.gpud_under_test import (
     CREATE_STEPS,
+    MOMENTS,
     RELEASE_STEPS,
     Gpud,
     Hold,
@@ -33,9 +34,6 @@ from tests.unit.lifecycle.gpud_under_test import (
     way,
 )
 
-MOMENTS = pytest.mark.parametrize(
-    "after", [False, True], ids=["before its act", "before its commit"]
-)
 (FIRST_STEP_AGAIN,) = LEGAL_STEPS[Step.RUNNING] - {FIRST_RELEASE_STEP}
 RESTART_STEPS = way(FIRST_STEP_AGAIN, Step.RUNNING)[:-1]
 LIVING_STEPS = [*CREATE_STEPS, Step.RUNNING]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from ipaddress import IPv4Address
 from pathlib import Path
 from uuid import UUID
+
+import pytest
 
 from gpud import offers
 from gpud.audit.facts import Facts, Finding
@@ -56,8 +59,12 @@ from gpud.model import (
 from gpud.store import Store
 from gpud.telemetry import Metrics
 from tests.unit.fakes.kernel import FakeKernel
+from tests.unit.fakes.libvirt_daemon import LibvirtDaemon
 from tests.unit.fakes.orders import SHAPE, Clock, order, until
 
+MOMENTS = pytest.mark.parametrize(
+    "after", [False, True], ids=["before its act", "before its commit"]
+)
 StepsMapping = Mapping[Step, StepFunction]
 CAPACITY = Capacity((NumaNode(0, 64, 65536),), 1000)
 ADDRESSES = tuple(IPv4Address("10.77.0.10") + number for number in range(4))
@@ -352,3 +359,23 @@ class Hold:
             return outcome if self._after else await act(instance)
 
         return {**functions, self._step: held}  # type: ignore[dict-item]
+
+
+def nothing_left(gpud: Gpud, libvirtd: LibvirtDaemon) -> bool:
+    """Whether all is as before the first order: record, leases, guests, files, drivers."""
+    claims = sqlite3.connect(gpud.config.state_dir / "state.sqlite")
+    claimed = claims.execute(
+        "SELECT (SELECT count(*) FROM gpu_claim) + (SELECT count(*) FROM address_claim)"
+        " + (SELECT count(*) FROM guest_input)"
+    ).fetchone()[0]
+    claims.close()
+    networks = libvirtd.networks.values()
+    leases = [name for network in networks if network.live is not None for name in network.hosts()]
+    as_found = {("nvidia", ""), ("snd_hda_intel", "")} == set(drivers(gpud.kernel).values())
+    left = claimed or leases or libvirtd.guests or gpud.directories() or gpud.store.live
+    return as_found and not left
+
+
+def one_domain(libvirtd: LibvirtDaemon, instance: Instance) -> bool:
+    """Whether the instance's guest is there, and no other."""
+    return list(libvirtd.guests) == [instance.domain_uuid]

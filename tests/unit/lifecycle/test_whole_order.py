@@ -1,13 +1,11 @@
-"""Orders from admission to the end, through faults, DELETEs and deaths of the daemon in each step.
+"""Orders from admission to the end, including their rarer ways.
 
-The steps are taken from the table of legal moves: a new one is covered without anyone thinking of it.
+What a fault in each single step does to them is in ``tests/chaos/test_every_step.py``.
 """
 
 from __future__ import annotations
 
-import sqlite3
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,43 +13,14 @@ from gpud import command
 from gpud.errors import Code, GpudError
 from gpud.guest.image import ImageStore
 from gpud.hypervisor.domainxml import CHANNEL_NAME
-from gpud.model import Instance, Status, Step
-from tests.faults import FaultLog
+from gpud.model import Status, Step
 from tests.unit.fakes.libvirt_daemon import LibvirtDaemon, error
 from tests.unit.fakes.orders import Clock, until
 from tests.unit.fakes.qemu_img import QemuImg, failed
 from tests.unit.lifecycle.conftest import StartGpud
-from tests.unit.lifecycle.gpud_under_test import (
-    CREATE_STEPS,
-    RELEASE_STEPS,
-    Gpud,
-    Hold,
-    StepsMapping,
-    drivers,
-)
+from tests.unit.lifecycle.gpud_under_test import MOMENTS, Gpud, Hold, nothing_left, one_domain
 
 REAL_RUN = command.run
-MOMENTS = pytest.mark.parametrize(
-    "after", [False, True], ids=["before its act", "before its commit"]
-)
-
-
-def nothing_left(gpud: Gpud, libvirtd: LibvirtDaemon) -> bool:
-    claims = sqlite3.connect(gpud.config.state_dir / "state.sqlite")
-    claimed = claims.execute(
-        "SELECT (SELECT count(*) FROM gpu_claim) + (SELECT count(*) FROM address_claim)"
-        " + (SELECT count(*) FROM guest_input)"
-    ).fetchone()[0]
-    claims.close()
-    networks = libvirtd.networks.values()
-    leases = [name for network in networks if network.live is not None for name in network.hosts()]
-    as_found = {("nvidia", ""), ("snd_hda_intel", "")} == set(drivers(gpud.kernel).values())
-    left = claimed or leases or libvirtd.guests or gpud.directories() or gpud.store.live
-    return as_found and not left
-
-
-def one_domain(libvirtd: LibvirtDaemon, instance: Instance) -> bool:
-    return list(libvirtd.guests) == [instance.domain_uuid]
 
 
 async def test_an_order_runs_and_leaves_nothing_behind(gpud: Gpud, libvirtd: LibvirtDaemon) -> None:
@@ -91,34 +60,6 @@ async def test_two_orders_run_side_by_side_and_the_third_has_no_gpu(
     assert third.grant.gpus == first.grant.gpus
 
 
-# -- DELETE at any time ----------------------------------------------------------------------------
-
-
-@MOMENTS
-@pytest.mark.parametrize("step", [*CREATE_STEPS, Step.RUNNING])
-async def test_delete_in_any_step_ends_with_nothing_left(
-    start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step, after: bool, fault_log: FaultLog
-) -> None:
-    hold = Hold(step, after=after)
-    gpud = await start_gpud(hold)
-    # Such a network exists from the first reconciliation on; without one there is nothing to return.
-    await gpud.reconciler.once()
-    instance = await gpud.order()
-    await hold.reached.wait()
-    deleted = await gpud.store.request_delete(instance.upstream_id)
-    assert deleted is not None
-    assert deleted.status is Status.STOPPING
-    with fault_log.recovering("DELETE in any step") as findings:
-        hold.open.set()
-        ended = await gpud.ended(instance)
-        assert ended.status is Status.TERMINATED
-        assert nothing_left(gpud, libvirtd)
-        if step is not Step.RUNNING:
-            events = await gpud.store.events(instance.upstream_id)
-            assert not [event for event in events if event.became.startswith("running")]
-        findings.extend(await gpud.findings())
-
-
 async def test_an_order_whose_network_cannot_be_made_gives_its_gpu_back(
     gpud: Gpud, libvirtd: LibvirtDaemon
 ) -> None:
@@ -129,70 +70,7 @@ async def test_an_order_whose_network_cannot_be_made_gives_its_gpu_back(
     assert instance.upstream_id not in gpud.store.live
 
 
-# -- death of the daemon at any time ---------------------------------------------------------------
-
-
-@MOMENTS
-@pytest.mark.parametrize("step", [*CREATE_STEPS, Step.RUNNING])
-async def test_killed_in_any_create_step_the_order_still_runs(
-    start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step, after: bool, fault_log: FaultLog
-) -> None:
-    hold = Hold(step, after=after)
-    gpud = await start_gpud(hold)
-    instance = await gpud.order()
-    await hold.reached.wait()
-    await gpud.kill()
-
-    with fault_log.recovering("killed in a step of creation") as findings:
-        gpud = await start_gpud()
-        await gpud.reconciler.once()
-        running = await gpud.reach(instance, Step.RUNNING)
-        assert (running.status, running.grant) == (Status.RUNNING, instance.grant)
-        assert one_domain(libvirtd, instance)
-        assert libvirtd.calls.count("createXML") == 1
-        assert gpud.directories() == {instance.upstream_id}
-        await gpud.deleted(running)
-        assert nothing_left(gpud, libvirtd)
-        findings.extend(await gpud.findings())
-
-
-@MOMENTS
-@pytest.mark.parametrize("step", RELEASE_STEPS)
-async def test_killed_in_any_release_step_nothing_is_left(
-    start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step, after: bool, fault_log: FaultLog
-) -> None:
-    hold = Hold(step, after=after)
-    gpud = await start_gpud(hold)
-    instance = await gpud.running()
-    await gpud.store.request_delete(instance.upstream_id)
-    await hold.reached.wait()
-    await gpud.kill()
-
-    with fault_log.recovering("killed in a step of release") as findings:
-        gpud = await start_gpud()
-        assert (await gpud.ended(instance)).status is Status.TERMINATED
-        assert nothing_left(gpud, libvirtd)
-        findings.extend(await gpud.findings())
-
-
-@MOMENTS
-@pytest.mark.parametrize("step", CREATE_STEPS)
-async def test_a_delete_recorded_before_a_crash_is_kept_after_it(
-    start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step, after: bool, fault_log: FaultLog
-) -> None:
-    hold = Hold(step, after=after)
-    gpud = await start_gpud(hold)
-    await gpud.reconciler.once()
-    instance = await gpud.order()
-    await hold.reached.wait()
-    await gpud.store.request_delete(instance.upstream_id)
-    await gpud.kill()
-
-    with fault_log.recovering("DELETE in a step, then killed in it") as findings:
-        gpud = await start_gpud()
-        assert (await gpud.ended(instance)).status is Status.TERMINATED
-        assert nothing_left(gpud, libvirtd)
-        findings.extend(await gpud.findings())
+# -- the daemon's death and its orderly stop --------------------------------------------------------
 
 
 @MOMENTS
@@ -266,36 +144,6 @@ async def test_an_orderly_stop_leaves_guests_running(
 # -- faults ----------------------------------------------------------------------------------------
 
 
-class Breaking:
-    """A step that does its work and then says that it failed for good."""
-
-    def __init__(self, step: Step) -> None:
-        self._step = step
-
-    def __call__(self, functions: StepsMapping) -> StepsMapping:
-        act = functions[self._step]
-
-        async def broken(instance: Instance) -> Any:
-            await act(instance)
-            raise GpudError(Code.GUEST_FAILED, "it broke")
-
-        return {**functions, self._step: broken}
-
-
-@pytest.mark.parametrize("step", CREATE_STEPS)
-async def test_an_order_that_fails_in_any_step_gives_everything_back(
-    start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step, fault_log: FaultLog
-) -> None:
-    gpud = await start_gpud(Breaking(step))
-    with fault_log.recovering("a step of creation fails for good") as findings:
-        ended = await gpud.ended(await gpud.order())
-        assert ended.status is Status.ERROR
-        assert ended.failure is not None
-        assert nothing_left(gpud, libvirtd)
-        findings.extend(await gpud.findings())
-    assert len([await gpud.order(f"again-{number}") for number in range(2)]) == 2
-
-
 async def test_a_disk_that_cannot_be_made_fails_the_order(
     gpud: Gpud, libvirtd: LibvirtDaemon, qemu_img: QemuImg
 ) -> None:
@@ -303,55 +151,6 @@ async def test_a_disk_that_cannot_be_made_fails_the_order(
     ended = await gpud.ended(await gpud.order())
     assert ended.failure == "its disk could not be made (host_command_failed)"
     assert nothing_left(gpud, libvirtd)
-
-
-@pytest.mark.parametrize("after", [False, True], ids=["not done", "done, but its answer lost"])
-@pytest.mark.parametrize(
-    "call",
-    [
-        "networkLookupByName",
-        "networkDefineXML",
-        "networkCreate",
-        "networkUpdate",
-        "getCapabilities",
-        "createXML",
-        "lookupByUUIDString",
-        "destroy",
-    ],
-)
-async def test_a_connection_lost_during_any_call_costs_a_retry_only(
-    gpud: Gpud, libvirtd: LibvirtDaemon, call: str, after: bool, fault_log: FaultLog
-) -> None:
-    fault = libvirtd.fault(call, after=after)
-    with fault_log.recovering("libvirt: connection lost in a call") as findings:
-        instance = await gpud.running()
-        assert one_domain(libvirtd, instance)
-        await gpud.deleted(instance)
-        assert fault.reached.is_set()
-        assert nothing_left(gpud, libvirtd)
-        findings.extend(await gpud.findings())
-
-
-@pytest.mark.parametrize("step", [*CREATE_STEPS, Step.RUNNING])
-async def test_libvirtd_killed_during_any_step_and_restarted_the_order_still_runs(
-    start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step, fault_log: FaultLog
-) -> None:
-    hold = Hold(step, after=False)
-    gpud = await start_gpud(hold)
-    instance = await gpud.order()
-    await hold.reached.wait()
-    libvirtd.stop()
-    await until(lambda: not gpud.hypervisor.available)
-    with fault_log.recovering("libvirtd killed and restarted in any step") as findings:
-        hold.open.set()
-        libvirtd.start()
-        running = await gpud.reach(instance, Step.RUNNING)
-        assert running.status is Status.RUNNING
-        await gpud.hypervisor.wait_available()
-        assert one_domain(libvirtd, instance)
-        await gpud.deleted(running)
-        assert nothing_left(gpud, libvirtd)
-        findings.extend(await gpud.findings())
 
 
 async def test_a_running_instance_stays_running_while_libvirt_is_away_for_days(
