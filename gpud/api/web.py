@@ -27,9 +27,10 @@ def build_app(gate: Gate, routes: Routes) -> web.Application:
         [
             web.get("/openapi.yaml", openapi),
             web.get("/v1/gpu/available", routes.available),
-            web.post("/v1/instances", routes.create),
+            # Before the orders, whose path begins alike: aiohttp tries one after the other.
             web.get("/v1/instances/{id}", routes.show),
             web.delete("/v1/instances/{id}", routes.delete),
+            web.post("/v1/instances", routes.create),
         ]
     )
     return app
