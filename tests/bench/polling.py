@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 from tests.bench.core import Bench, Side
 from tests.bench.daemon import (
@@ -32,7 +33,7 @@ _UNIT = "/core-s"
 _FAILURES = re.compile(r"^\s*(Non-2xx|Socket errors).*$", re.MULTILINE)
 _MANY_ENDED = 100_000
 _STARTS = 5
-"""Programs that are alike but for where their memory lies differ by a sixth, for as long as they run."""
+"""Programs that are alike run up to a sixth apart, for as long as they live."""
 _OFFERS = "GET /v1/gpu/available"
 _INSTANCE = "GET /v1/instances/{id}"
 
@@ -43,25 +44,31 @@ async def measure(bench: Bench) -> AsyncIterator[Row]:
     offers: list[tuple[float, ...]] = []
     instance: list[tuple[float, ...]] = []
     for number in range(bench.rounds(_STARTS, 1)):
-        async with AsyncExitStack() as stack:
-
-            async def start(name: str, gpus: int, ended: int = 0) -> Running:
-                return await stack.enter_async_context(
-                    running(
-                        bench, f"{name}-{number}", image, gpus=gpus, ended=ended,  # noqa: B023
-                        prefix=on_core(SERVER_CORE), libvirt=TEST_DRIVER,
-                    )
-                )  # fmt: skip
-
-            daemons = [
-                await start("one", 1), await start("sixteen", 16), await start("old", 1, ended)
-            ]  # fmt: skip
+        async with started(bench, image, number, ended) as daemons:
             offers += await _rates(bench, daemons, ["/v1/gpu/available"] * 3, _OFFERS)
             found = [daemon.client.order("polled")["upstream_id"] for daemon in daemons]
             paths = [f"/v1/instances/{upstream_id}" for upstream_id in found]
             instance += await _rates(bench, daemons, paths, _INSTANCE)
     for row in (*_rows(offers, _OFFERS, 0.7, ended), *_rows(instance, _INSTANCE, 0.6, ended)):
         yield row
+
+
+@asynccontextmanager
+async def started(
+    bench: Bench, image: Path, number: int, ended: int
+) -> AsyncIterator[list[Running]]:
+    """Of one start: a daemon with one GPU, one with sixteen, and one with a past."""
+    kinds = (("one", 1, 0), ("sixteen", 16, 0), ("old", 1, ended))
+    async with AsyncExitStack() as stack:
+        yield [
+            await stack.enter_async_context(
+                running(
+                    bench, f"{name}-{number}", image, gpus=gpus, ended=past,
+                    prefix=on_core(SERVER_CORE), libvirt=TEST_DRIVER,
+                )
+            )
+            for name, gpus, past in kinds
+        ]  # fmt: skip
 
 
 async def _rates(

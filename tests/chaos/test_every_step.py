@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from gpud.audit.facts import Finding
 from gpud.errors import Code, GpudError
 from gpud.model import Instance, Status, Step
 from tests.faults import FaultLog
@@ -19,6 +20,7 @@ from tests.unit.fakes.orders import until
 from tests.unit.lifecycle.conftest import StartGpud
 from tests.unit.lifecycle.gpud_under_test import (
     CREATE_STEPS,
+    LIVING_STEPS,
     MOMENTS,
     RELEASE_STEPS,
     Gpud,
@@ -29,8 +31,17 @@ from tests.unit.lifecycle.gpud_under_test import (
 )
 
 
+async def found_after_the_end(
+    gpud: Gpud, libvirtd: LibvirtDaemon, instance: Instance
+) -> list[Finding]:
+    """See an instance end as it was asked to, and what is wrong then."""
+    assert (await gpud.ended(instance)).status is Status.TERMINATED
+    assert nothing_left(gpud, libvirtd)
+    return await gpud.findings()
+
+
 @MOMENTS
-@pytest.mark.parametrize("step", [*CREATE_STEPS, Step.RUNNING])
+@pytest.mark.parametrize("step", LIVING_STEPS)
 async def test_delete_in_any_step_ends_with_nothing_left(
     start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step, after: bool, fault_log: FaultLog
 ) -> None:
@@ -55,7 +66,7 @@ async def test_delete_in_any_step_ends_with_nothing_left(
 
 
 @MOMENTS
-@pytest.mark.parametrize("step", [*CREATE_STEPS, Step.RUNNING])
+@pytest.mark.parametrize("step", LIVING_STEPS)
 async def test_killed_in_any_create_step_the_order_still_runs(
     start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step, after: bool, fault_log: FaultLog
 ) -> None:
@@ -91,10 +102,7 @@ async def test_killed_in_any_release_step_nothing_is_left(
     await gpud.kill()
 
     with fault_log.recovering("killed in a step of release") as findings:
-        gpud = await start_gpud()
-        assert (await gpud.ended(instance)).status is Status.TERMINATED
-        assert nothing_left(gpud, libvirtd)
-        findings.extend(await gpud.findings())
+        findings.extend(await found_after_the_end(await start_gpud(), libvirtd, instance))
 
 
 @MOMENTS
@@ -111,10 +119,7 @@ async def test_a_delete_recorded_before_a_crash_is_kept_after_it(
     await gpud.kill()
 
     with fault_log.recovering("DELETE in a step, then killed in it") as findings:
-        gpud = await start_gpud()
-        assert (await gpud.ended(instance)).status is Status.TERMINATED
-        assert nothing_left(gpud, libvirtd)
-        findings.extend(await gpud.findings())
+        findings.extend(await found_after_the_end(await start_gpud(), libvirtd, instance))
 
 
 class Breaking:
@@ -174,7 +179,7 @@ async def test_a_connection_lost_during_any_call_costs_a_retry_only(
         findings.extend(await gpud.findings())
 
 
-@pytest.mark.parametrize("step", [*CREATE_STEPS, Step.RUNNING])
+@pytest.mark.parametrize("step", LIVING_STEPS)
 async def test_libvirtd_killed_during_any_step_and_restarted_the_order_still_runs(
     start_gpud: StartGpud, libvirtd: LibvirtDaemon, step: Step, fault_log: FaultLog
 ) -> None:

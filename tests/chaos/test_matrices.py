@@ -24,7 +24,7 @@ from tests.unit.fakes.libvirt_daemon import LibvirtDaemon
 from tests.unit.fakes.orders import until
 from tests.unit.lifecycle.conftest import StartGpud
 from tests.unit.lifecycle.gpud_under_test import (
-    CREATE_STEPS,
+    LIVING_STEPS,
     MOMENTS,
     RELEASE_STEPS,
     Gpud,
@@ -36,7 +36,6 @@ from tests.unit.lifecycle.gpud_under_test import (
 
 (FIRST_STEP_AGAIN,) = LEGAL_STEPS[Step.RUNNING] - {FIRST_RELEASE_STEP}
 RESTART_STEPS = way(FIRST_STEP_AGAIN, Step.RUNNING)[:-1]
-LIVING_STEPS = [*CREATE_STEPS, Step.RUNNING]
 # Some of the pairs in a short run, all of them in a long one.
 PAIRS = [(one, two) for one in LIVING_STEPS for two in RELEASE_STEPS]
 if "CHAOS_CRASHES" not in os.environ:

@@ -99,6 +99,7 @@ def drivers(kernel: FakeKernel) -> dict[PciAddress, tuple[str | None, str]]:
 
 
 CREATE_STEPS = way(FIRST_STEP, Step.RUNNING)[:-1]
+LIVING_STEPS = [*CREATE_STEPS, Step.RUNNING]
 RELEASE_STEPS = way(FIRST_RELEASE_STEP, Step.ENDED)[:-1]
 
 

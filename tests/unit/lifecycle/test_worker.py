@@ -21,7 +21,7 @@ from gpud.model import FIRST_STEP, LEGAL_STEPS, RELEASE_STEPS, Instance, Status,
 from gpud.store import Store
 from gpud.telemetry import Metrics
 from tests.unit.fakes.orders import Clock, grant, granting, order, until
-from tests.unit.lifecycle.gpud_under_test import CREATE_STEPS
+from tests.unit.lifecycle.gpud_under_test import CREATE_STEPS, LIVING_STEPS
 from tests.unit.lifecycle.gpud_under_test import RELEASE_STEPS as RELEASE_WAY
 
 TRANSIENT = GpudError(Code.HYPERVISOR_UNAVAILABLE, "libvirt is away", transient=True)
@@ -438,7 +438,7 @@ async def test_an_unexpected_error_is_logged_with_its_place_and_an_expected_one_
 # -- DELETE ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [*CREATE_STEPS, Step.RUNNING])
+@pytest.mark.parametrize("step", LIVING_STEPS)
 async def test_delete_lets_the_act_under_way_end_and_then_comes_first(
     store: Store, script: Script, metrics: Metrics, monotonic: Clock, admit: Order, step: Step
 ) -> None:
