@@ -8,6 +8,7 @@ reader waits while a driver does not let go of it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,8 @@ _HEADER_BYTES: Final = 64
 _HEADER_TYPE_OFFSET: Final = 0x0E
 _HEADER_TYPE_MASK: Final = 0x7F  # the top bit says that the slot has more functions
 _BRIDGE_HEADER: Final = 1
+
+_PAGE_BYTES: Final = 4096
 
 _BAR_COUNT: Final = 6
 """Lines of ``resource`` that are BARs; the ROM, virtual functions and bridge windows follow."""
@@ -197,64 +200,72 @@ def _function(link: Path) -> PciFunction | None:
         address = PciAddress.parse(link.name)
     except ValueError:
         return None
-    d3cold_allowed = _number(link / "d3cold_allowed")
-    numa_node = _number(link / "numa_node")
+    directory = str(link)
+    attribute = f"{directory}/".__add__
+    d3cold_allowed = _number(attribute("d3cold_allowed"))
+    numa_node = _number(attribute("numa_node"))
     function = PciFunction(
         address=address,
-        vendor=_number(link / "vendor") or 0,
-        device=_number(link / "device") or 0,
-        subsystem_vendor=_number(link / "subsystem_vendor") or 0,
-        subsystem_device=_number(link / "subsystem_device") or 0,
-        class_code=_number(link / "class") or 0,
-        revision=_number(link / "revision") or 0,
-        driver=_target_name(link / "driver"),
-        iommu_group=_iommu_group(link / "iommu_group"),
+        vendor=_number(attribute("vendor")) or 0,
+        device=_number(attribute("device")) or 0,
+        subsystem_vendor=_number(attribute("subsystem_vendor")) or 0,
+        subsystem_device=_number(attribute("subsystem_device")) or 0,
+        class_code=_number(attribute("class")) or 0,
+        revision=_number(attribute("revision")) or 0,
+        driver=_target_name(attribute("driver")),
+        iommu_group=_iommu_group(attribute("iommu_group")),
         numa_node=None if numa_node is None or numa_node < 0 else numa_node,
-        bars=_bars(link / "resource"),
-        reset_methods=tuple(_text(link / "reset_method").split()),
-        power_state=_text(link / "power_state") or "unknown",
+        bars=_bars(attribute("resource")),
+        reset_methods=tuple(_text(attribute("reset_method")).split()),
+        power_state=_text(attribute("power_state")) or "unknown",
         d3cold_allowed=None if d3cold_allowed is None else d3cold_allowed != 0,
-        upstream=_upstream(link),
+        upstream=_upstream(directory),
     )
     # Asked last: whatever was read of a function that is gone by now is not to be trusted.
     return function if link.exists() else None
 
 
-def _text(file: Path) -> str:
+def _text(file: str) -> str:
+    """What a file says. A host has thousands of them, and pathlib would cost more than the kernel."""
     try:
-        with file.open("rb", buffering=0) as opened:
-            return opened.read().decode("ascii", "replace").strip()
+        opened = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return ""
+    try:
+        return os.read(opened, _PAGE_BYTES).decode("ascii", "replace").strip()
+    except OSError:
+        return ""
+    finally:
+        os.close(opened)
 
 
-def _number(file: Path) -> int | None:
+def _number(file: str) -> int | None:
     try:
         return int(_text(file), 0)
     except ValueError:
         return None
 
 
-def _target(link: Path) -> Path:
+def _target(link: str) -> str:
     try:
-        return link.readlink()
+        return os.readlink(link)  # noqa: PTH115 - see _text
     except OSError:
-        return Path()
+        return ""
 
 
-def _target_name(link: Path) -> str | None:
-    return _target(link).name or None
+def _target_name(link: str) -> str | None:
+    return _target(link).rpartition("/")[2] or None
 
 
-def _iommu_group(link: Path) -> int | None:
+def _iommu_group(link: str) -> int | None:
     name = _target_name(link)
     return int(name) if name is not None and name.isdecimal() else None
 
 
-def _upstream(link: Path) -> tuple[PciAddress, ...]:
+def _upstream(link: str) -> tuple[PciAddress, ...]:
     """The devices on the way to a function, which sysfs spells out in the path behind its link."""
     above = []
-    for part in _target(link).parts[:-1]:
+    for part in _target(link).split("/")[:-1]:
         try:
             above.append(PciAddress.parse(part))
         except ValueError:  # "..", "devices", "pci0000:00"
@@ -262,7 +273,7 @@ def _upstream(link: Path) -> tuple[PciAddress, ...]:
     return tuple(above)
 
 
-def _bars(file: Path) -> tuple[Bar, ...]:
+def _bars(file: str) -> tuple[Bar, ...]:
     return tuple(bar for _, _, bar in memory_bars(_text(file)))
 
 

@@ -5,9 +5,9 @@ daemon), and a thread cannot be interrupted. So a caller can be released, but th
 in its thread, and whatever follows under the same key waits until it has really returned. A stop can
 therefore never overtake a start that hangs.
 
-Each call gets a thread of its own rather than one of a pool. Calls that hang then never starve the
-others, there is at most one of them per key, and being daemon threads they do not hold up the end of the
-process, which ``concurrent.futures`` would. A thread costs some 0.1 ms, a fraction of any libvirt call.
+Each call has a thread to itself, one that has come back from an earlier call or a new one, never one of
+a number. Calls that hang then never starve the others, there is at most one of them per key, and being
+daemon threads they do not hold up the end of the process, which ``concurrent.futures`` would.
 """
 
 from __future__ import annotations
@@ -16,10 +16,17 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any, Final, TypeVar
 from weakref import WeakValueDictionary
 
 T = TypeVar("T")
+
+_Inbox = SimpleQueue[tuple[Future[Any], Callable[[], Any]]]
+_IDLE_S: Final = (
+    1.0  # an order's calls follow each other at once, and then for minutes there are none
+)
 
 
 class Calls:
@@ -29,6 +36,7 @@ class Calls:
         """Prepare for at most ``at_once`` calls that somebody still waits for."""
         self._slots = asyncio.Semaphore(at_once)
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._threads = _Threads()
         self._in_thread = 0
 
     @property
@@ -71,12 +79,40 @@ class Calls:
 
         result.add_done_callback(returned)
         self._in_thread += 1
-        threading.Thread(target=_run, args=(outcome, act), name="libvirt-call", daemon=True).start()
+        self._threads.begin(outcome, act)
         return result
 
 
-def _run(outcome: Future[T], act: Callable[[], T]) -> None:
-    try:
-        outcome.set_result(act())
-    except BaseException as error:  # noqa: BLE001 - handed to the caller
-        outcome.set_exception(error)
+class _Threads:
+    """As many threads as there are calls under way; one without a call soon ends."""
+
+    def __init__(self) -> None:
+        self._idle: list[_Inbox] = []
+
+    def begin(self, outcome: Future[T], act: Callable[[], T]) -> None:
+        try:
+            inbox = self._idle.pop()
+        except IndexError:
+            inbox = SimpleQueue()
+            threading.Thread(
+                target=self._work, args=(inbox,), name="libvirt-call", daemon=True
+            ).start()
+        inbox.put((outcome, act))
+
+    def _work(self, inbox: _Inbox) -> None:
+        while True:
+            try:
+                outcome, act = inbox.get(timeout=_IDLE_S)
+            except Empty:
+                try:
+                    self._idle.remove(inbox)
+                except ValueError:  # taken from there for a call, which is on its way
+                    continue
+                return
+            try:
+                tell = partial(outcome.set_result, act())
+            except BaseException as error:  # noqa: BLE001 - handed to the caller
+                tell = partial(outcome.set_exception, error)
+            self._idle.append(inbox)  # who is told begins the next call at once
+            tell()
+            del outcome, act, tell  # what they hold must not live until the next

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import threading
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 
 import pytest
 
@@ -151,3 +152,33 @@ async def test_failure_that_nobody_waits_for_is_not_reported_as_forgotten(calls:
 async def test_threads_do_not_hold_up_the_end_of_the_process(calls: Calls) -> None:
     is_daemon: Callable[[], bool] = lambda: threading.current_thread().daemon  # noqa: E731
     assert await calls.run("a", is_daemon, 1)
+
+
+async def test_calls_in_a_row_share_a_thread_that_then_ends(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpud.hypervisor.calls._IDLE_S", 30)
+    threads = {await calls.run(f"k{n}", threading.current_thread, 5) for n in range(20)}
+    monkeypatch.setattr("gpud.hypervisor.calls._IDLE_S", SOON_S)
+    thread = await calls.run("last", threading.current_thread, 5)
+    assert threads == {thread}
+    await asyncio.to_thread(thread.join, 5)
+    assert not thread.is_alive()
+    assert await calls.run("a", threading.current_thread, 1) is not thread
+
+
+async def test_a_thread_with_a_call_that_hangs_is_given_no_other(calls: Calls) -> None:
+    gate = Gate()
+    hangs = asyncio.create_task(calls.run("a", gate, 5))
+    await gate.wait_entered()
+    assert await calls.run("b", lambda: "answer", 1) == "answer"
+    gate.released.set()
+    assert await hangs == "done"
+
+
+async def test_no_call_is_lost_on_a_thread_that_is_about_to_end(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpud.hypervisor.calls._IDLE_S", 0)
+    for number in range(200):
+        assert await calls.run("a", partial(int, number), 5) == number
