@@ -23,6 +23,9 @@ from tests.unit.fakes.libvirt_daemon import error, lost
 EVERY = 1 if "CHAOS_CRASHES" in os.environ else 23
 Life = Callable[[World], None]
 
+_UNDER_WAY = 12
+"""Changes of files after which an order has its disk, and no guest yet."""
+
 
 def created_and_deleted(world: World) -> None:
     world.order("order-1")
@@ -33,7 +36,7 @@ def created_and_deleted(world: World) -> None:
 
 def deleted_meanwhile(world: World) -> None:
     world.order("order-1")
-    world.turn(4)
+    world.until_changed(_UNDER_WAY)
     world.delete("order-1")
     world.until_settled()
 

@@ -242,6 +242,14 @@ class World:
                 return
         raise AssertionError(f"not settled: {self._stuck()}")
 
+    def until_changed(self, changes: int) -> None:
+        """Let time pass until gpud has made that many changes of files, or makes no more."""
+        for _ in range(2000):
+            if self.edges.changes >= changes or self._settled():
+                return
+            self.turn(1)
+        raise AssertionError(f"no more than {self.edges.changes} changes: {self._stuck()}")
+
     def settle(self, since: float | None = None) -> None:
         """Once nothing goes wrong any more, all that is there belongs to instances that run."""
         self.check_domains()

@@ -158,6 +158,7 @@ async def test_slow_senders_are_cut_off_in_time_and_hold_nobody_up(
             if reader.at_eof():
                 break
             writer.write(bytes([byte]))
+            await writer.drain()  # tells of a reset, which is no end of what is read
             await asyncio.sleep(0.05)
         await reader.read()
         writer.close()

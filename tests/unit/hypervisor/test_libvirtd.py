@@ -126,9 +126,10 @@ async def test_stream_opened_on_a_connection_lost_meanwhile_has_ended(
     def lost(*_arguments: object) -> None:
         raise libvirt_error("client socket is closed", 1, libvirt.VIR_FROM_RPC)
 
-    slow = threading.Event()
+    begun, slow = threading.Event(), threading.Event()
 
     def open_slowly(_uuid: str) -> QuietDomain:
+        begun.set()
         slow.wait(5)
         return QuietDomain()
 
@@ -136,6 +137,7 @@ async def test_stream_opened_on_a_connection_lost_meanwhile_has_ended(
         opened[0].newStream = lambda _flags: FakeStream()
         opened[0].lookupByUUIDString = open_slowly
         opening = asyncio.create_task(hypervisor.console(GUEST))
+        assert await asyncio.to_thread(begun.wait, 5)
         opened[0].getLibVersion = opened[0].listAllDomains = lost
         with pytest.raises(GpudError):
             await hypervisor.domains()
