@@ -31,6 +31,7 @@ from tests.unit.lifecycle.gpud_under_test import (
     Hold,
     StepsMapping,
     make_server,
+    one_domain,
     way,
 )
 
@@ -103,7 +104,9 @@ async def test_killed_in_any_step_of_a_restart_the_guest_still_comes_up(
     with fault_log.recovering("killed in a step of a restart") as findings:
         gpud = await start_gpud()
         again = await gpud.reach(instance, Step.RUNNING)
-        assert (again.status, again.guest_boots) == (Status.RUNNING, 2)
+        assert (again.status, again.restarts, again.guest_boots) == (Status.RUNNING, 1, 2)
+        assert again.running_at == instance.running_at
+        assert one_domain(libvirtd, instance)
         findings.extend(await gpud.findings())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -69,6 +70,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "real_command(*programs): the test runs these programs for real"
     )
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # thousands of tests, all of which live to the end: no sweep need look at them again
 
 
 @pytest.fixture(autouse=True)

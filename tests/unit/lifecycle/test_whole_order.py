@@ -18,7 +18,7 @@ from tests.unit.fakes.libvirt_daemon import LibvirtDaemon, error
 from tests.unit.fakes.orders import Clock, until
 from tests.unit.fakes.qemu_img import QemuImg, failed
 from tests.unit.lifecycle.conftest import StartGpud
-from tests.unit.lifecycle.gpud_under_test import MOMENTS, Gpud, Hold, nothing_left, one_domain
+from tests.unit.lifecycle.gpud_under_test import Gpud, Hold, nothing_left, one_domain
 
 REAL_RUN = command.run
 
@@ -71,27 +71,6 @@ async def test_an_order_whose_network_cannot_be_made_gives_its_gpu_back(
 
 
 # -- the daemon's death and its orderly stop --------------------------------------------------------
-
-
-@MOMENTS
-async def test_killed_while_a_guest_is_started_again_it_still_comes_up(
-    start_gpud: StartGpud, libvirtd: LibvirtDaemon, after: bool
-) -> None:
-    hold = Hold(Step.START_DOMAIN, after=after)
-    hold.open.set()
-    gpud = await start_gpud(hold)
-    instance = await gpud.running()
-    hold.reached.clear()
-    hold.open.clear()
-    libvirtd.guests[instance.domain_uuid].powers_off()
-    await hold.reached.wait()
-    await gpud.kill()
-
-    gpud = await start_gpud()
-    again = await gpud.reach(instance, Step.RUNNING)
-    assert (again.status, again.restarts, again.guest_boots) == (Status.RUNNING, 1, 2)
-    assert again.running_at == instance.running_at
-    assert one_domain(libvirtd, instance)
 
 
 async def test_a_guest_that_became_ready_while_the_daemon_was_away_is_running(
