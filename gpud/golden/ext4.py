@@ -21,7 +21,10 @@ _CHECK_S: Final = 1800.0
 _FILE_LIMIT_BYTES: Final = 64 * 2**20
 _LISTED: Final = re.compile(r"/\d+/(\d{6})/\d+/\d+/([^/]+)/(\d*)/")
 """A line of ``ls -p``: inode, mode, owner, group, name, size (none for a directory); ``debugfs(8)``."""
+_CONTROL: Final = re.compile(rb"[\x00-\x1f\x7f]")
 _KINDS: Final = {"04": "directory", "10": "file", "12": "link"}
+_REQUEST_BYTES: Final = 8190
+"""debugfs reads a script in pieces of 8,191 bytes: what is beyond would be a request of its own."""
 _MENDED: Final = (0, 1, 2)
 """Exit statuses of ``e2fsck(8)`` after which the file system is sound."""
 
@@ -89,8 +92,16 @@ class Ext4:
         for line in listed.split("\n"):
             if line in headings:
                 directory = headings[line]
-            elif entry := _entry(directory, line):
-                found[directory].append(entry)
+            elif listing := _LISTED.fullmatch(line):
+                found[directory] += _entries(directory, listing)
+            elif (
+                line
+            ):  # a name with a line break; skipped, it would be left behind and passed for fit
+                raise GpudError(
+                    Code.IMAGE_INVALID,
+                    f"it holds a name in {directory!r} that cannot be made out: {line[:80]!r}",
+                    hint="remove it inside the image's guest; or take another image",
+                )
         self._listed |= {one: tuple(entries) for one, entries in found.items()}
 
     async def find(self, path: str) -> Entry | None:
@@ -156,10 +167,10 @@ class Ext4:
         await self._run(list(requests), "-w")
 
     async def _run(self, requests: list[str], *options: str) -> str:
-        script = "".join(f"{request}\n" for request in requests)
+        script = [_line(request) for request in requests]
         done = await command.run(
             "debugfs", *options, "-f", "-", self._device,
-            timeout_s=_LIMIT_S, ok=(0, 1), input=script.encode(errors="surrogateescape"),
+            timeout_s=_LIMIT_S, ok=(0, 1), input=b"".join(script),
         )  # fmt: skip
         if done.exit_code:
             raise GpudError(Code.IMAGE_INVALID, f"its file system cannot be read: {done.stderr}")
@@ -177,13 +188,29 @@ class Ext4:
             )
 
 
-def _entry(directory: str, line: str) -> Entry | None:
-    listed = _LISTED.fullmatch(line)
-    if listed is None or listed[2] in {".", ".."}:
-        return None
-    mode, name, size_bytes = listed.groups()
+def _entries(directory: str, listing: re.Match[str]) -> list[Entry]:
+    mode, name, size_bytes = listing.groups()
+    if name in {".", ".."}:
+        return []
     path = f"{directory.rstrip('/')}/{name}"
-    return Entry(path, _KINDS.get(mode[:2], "other"), int(size_bytes or 0))
+    return [Entry(path, _KINDS.get(mode[:2], "other"), int(size_bytes or 0))]
+
+
+def _line(request: str) -> bytes:
+    """A request as a line of debugfs' script, which holds nothing else.
+
+    Raises:
+        GpudError: ``image_invalid``: it holds a path that would end the line before its end, and so could
+            have debugfs do anything with the files of this server.
+    """
+    line = request.encode(errors="surrogateescape")
+    if len(line) >= _REQUEST_BYTES or _CONTROL.search(line):
+        raise GpudError(
+            Code.IMAGE_INVALID,
+            f"it holds a path that cannot be asked for safely: {request[:80]!r}",
+            hint="nobody names files like this in good faith: take another image",
+        )
+    return line + b"\n"
 
 
 def _quoted(path: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gpud.errors import GpudError
+from gpud.errors import Code, GpudError
 from gpud.golden import ext4
 from gpud.golden.ext4 import Entry, Ext4
 from tests.unit.golden.conftest import MIB, ROOT_AT, TOOLS, MakeDisk
@@ -49,3 +49,32 @@ async def test_a_file_system_that_is_none_is_told(tmp_path: Path) -> None:
 
     with pytest.raises(GpudError, match="its file system cannot be read"):
         await Ext4(nothing).entries("/")
+
+
+@pytest.mark.parametrize("name", ["log\rdump p pwned\r", "tab\tbed", "\x7f", "new\nline"])
+async def test_a_name_that_would_end_a_request_is_refused(make_disk: MakeDisk, name: str) -> None:
+    files = Ext4(make_disk({f"d/{name}/in it": ""}), ROOT_AT)
+
+    with pytest.raises(GpudError, match=r"it holds a (path|name)") as refused:
+        await files.walk("/d")
+    assert refused.value.code is Code.IMAGE_INVALID
+
+
+async def test_a_path_that_is_longer_than_debugfs_reads_at_once_is_refused(
+    make_disk: MakeDisk, tmp_path: Path
+) -> None:
+    """What stands behind the first 8,191 bytes would be taken for a request of its own."""
+    files = Ext4(make_disk({"secret": "of the image"}), ROOT_AT)
+    stolen = tmp_path / "written by the image"
+    beginning = 'ls -p "'
+    path = "x" * (8191 - len(beginning)) + f"dump secret {stolen.name}"
+
+    with pytest.raises(GpudError, match="cannot be asked for safely"):
+        await files.entries(path)
+    assert not stolen.exists()
+
+
+async def test_the_longest_path_that_linux_takes_can_be_asked_for(make_disk: MakeDisk) -> None:
+    files = Ext4(make_disk({"a": ""}), ROOT_AT)
+
+    assert await files.entries("/" + "ö/" * 1365) == ()
