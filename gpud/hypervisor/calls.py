@@ -79,7 +79,10 @@ class Calls:
 
         result.add_done_callback(returned)
         self._in_thread += 1
-        self._threads.begin(outcome, act)
+        try:
+            self._threads.begin(outcome, act)
+        except RuntimeError as error:  # no more threads for now: the call has ended without one
+            outcome.set_exception(error)
         return result
 
 

@@ -182,3 +182,18 @@ async def test_no_call_is_lost_on_a_thread_that_is_about_to_end(
     monkeypatch.setattr("gpud.hypervisor.calls._IDLE_S", 0)
     for number in range(200):
         assert await calls.run("a", partial(int, number), 5) == number
+
+
+async def test_a_call_without_a_thread_has_ended_for_all_who_come_after(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        for _ in range(2):
+            with pytest.raises(RuntimeError):
+                await calls.run("guest", lambda: None, 5)
+    assert calls.in_thread == 0
+    assert await calls.run("guest", lambda: "answer", 5) == "answer"
