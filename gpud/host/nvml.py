@@ -158,7 +158,8 @@ class Nvml:
         """
         async with self._turn:
             while True:
-                await self._open.wait()
+                while not self._open.is_set():  # it may be closed again before this task runs
+                    await self._open.wait()
                 probe = self._probe = asyncio.create_task(self._ask())
                 try:
                     await asyncio.wait([probe])

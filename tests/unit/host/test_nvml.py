@@ -341,6 +341,32 @@ async def test_closing_kills_the_running_probe_and_keeps_new_ones_out(
         assert await second == await waiting
 
 
+async def test_who_waited_does_not_ask_when_it_is_closed_again_at_once(on: Asked) -> None:
+    asker, inside, leave = on(HANG_ANYWHERE), asyncio.Event(), asyncio.Event()
+
+    async def one_leaves() -> None:
+        async with asker.closed():
+            inside.set()
+            await leave.wait()
+
+    async def another_comes() -> None:
+        await leave.wait()
+        async with asker.closed():
+            await asyncio.sleep(0.02)
+            assert asker._probe is None
+
+    leaving = asyncio.create_task(one_leaves())
+    await inside.wait()
+    coming = asyncio.create_task(another_comes())
+    await asyncio.sleep(0)
+    waiting = asyncio.create_task(asker.report())
+    await asyncio.sleep(0)
+    leave.set()
+    await asyncio.gather(leaving, coming)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+
+
 async def test_a_cancelled_report_leaves_no_process(on: Asked) -> None:
     asker = on(HANG_ANYWHERE)
     async with hanging(asker) as waiting:
