@@ -20,7 +20,7 @@ async def read(sysfs: Sysfs, limit_s: float = _ANSWER_S) -> PciTree:
     times that, once; while it stays stuck it is not asked again.
 
     Raises:
-        GpudError: Not one answers. Transient.
+        GpudError: Not one answers, or the bus cannot be read. Transient.
     """
     tree = await asyncio.to_thread(pci.read, sysfs.root)
     endpoints = [one.address for one in tree.functions.values() if not one.is_bridge]

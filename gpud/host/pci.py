@@ -8,12 +8,14 @@ reader waits while a driver does not let go of it.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from gpud.errors import Code, GpudError
 from gpud.model import PciAddress
 
 NVIDIA: Final = 0x10DE
@@ -38,6 +40,7 @@ _HEADER_TYPE_MASK: Final = 0x7F  # the top bit says that the slot has more funct
 _BRIDGE_HEADER: Final = 1
 
 _PAGE_BYTES: Final = 4096
+_OUR_OWN_WANT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 _BAR_COUNT: Final = 6
 """Lines of ``resource`` that are BARs; the ROM, virtual functions and bridge windows follow."""
@@ -181,9 +184,20 @@ def read(sysfs: Path = Path("/sys")) -> PciTree:
 
     Args:
         sysfs: Where sysfs is.
+
+    Raises:
+        GpudError: This process has no file descriptor or no memory left to look, so what is there is not
+            known. Transient.
     """
-    devices = sysfs / "bus/pci/devices"
-    found = (_function(link) for link in _entries(devices))
+    try:
+        found = [_function(link) for link in _entries(sysfs / "bus/pci/devices")]
+    except OSError as error:
+        raise GpudError(
+            Code.GPU_UNUSABLE,
+            f"the PCI bus cannot be read: {error.strerror}",
+            hint="`ls -l /proc/$(pidof -s gpud)/fd` tells what takes the daemon's file descriptors",
+            transient=True,
+        ) from error
     functions = {one.address: one for one in found if one is not None}
     return PciTree({address: functions[address] for address in sorted(functions)})
 
@@ -191,7 +205,7 @@ def read(sysfs: Path = Path("/sys")) -> PciTree:
 def _entries(directory: Path) -> list[Path]:
     try:
         return list(directory.iterdir())
-    except OSError:  # a host, or a container, without PCI
+    except (FileNotFoundError, NotADirectoryError):  # a host, or a container, without PCI
         return []
 
 
@@ -229,14 +243,21 @@ def _text(file: str) -> str:
     """What a file says. A host has thousands of them, and pathlib would cost more than the kernel."""
     try:
         opened = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return ""
+    except OSError as error:
+        return _nothing(error)
     try:
         return os.read(opened, _PAGE_BYTES).decode("ascii", "replace").strip()
-    except OSError:
-        return ""
+    except OSError as error:
+        return _nothing(error)
     finally:
         os.close(opened)
+
+
+def _nothing(error: OSError) -> str:
+    """What is read of a file that is not there, or does not tell; our own want says nothing of it."""
+    if error.errno in _OUR_OWN_WANT:
+        raise error
+    return ""
 
 
 def _number(file: str) -> int | None:
@@ -249,8 +270,8 @@ def _number(file: str) -> int | None:
 def _target(link: str) -> str:
     try:
         return os.readlink(link)  # noqa: PTH115 - see _text
-    except OSError:
-        return ""
+    except OSError as error:
+        return _nothing(error)
 
 
 def _target_name(link: str) -> str | None:

@@ -41,8 +41,8 @@ class SysfsError(GpudError):
         errno: Why the kernel refused (``errno.EBUSY``); None when the time ran out.
     """
 
-    def __init__(self, act: str, why: str, number: int | None) -> None:
-        super().__init__(Code.GPU_UNUSABLE, f"{act}: {why}")
+    def __init__(self, act: str, why: str, number: int | None, *, transient: bool = False) -> None:
+        super().__init__(Code.GPU_UNUSABLE, f"{act}: {why}", transient=transient)
         self.errno = number
 
 
@@ -170,7 +170,7 @@ def attribute(address: PciAddress, name: str) -> Path:
 
 def _told(act: str, error: OSError | GpudError) -> SysfsError:
     if isinstance(error, GpudError):
-        return SysfsError(act, error.detail, None)
+        return SysfsError(act, error.detail, None, transient=error.transient)
     number = error.errno or errno.EIO
     name = errno.errorcode.get(number, str(number))
     return SysfsError(act, f"{error.strerror or 'no reason given'} ({name})", number)

@@ -136,7 +136,7 @@ class CardSteps:
         """Do something with every card that was noted and has no fault, side by side.
 
         A card that another domain has got hold of is not touched; that is its fault. That the record
-        cannot be written is no card's fault.
+        cannot be written, or that the server has no process to spare, is no card's fault.
         """
         elsewhere = await self._elsewhere(instance) if instance.former_drivers else {}
         faults = {
@@ -149,7 +149,7 @@ class CardSteps:
         acts = [act(gpu, _former(instance, gpu)) for gpu in gpus]
         results = await asyncio.gather(*acts, return_exceptions=True)
         for gpu, result in zip(gpus, results, strict=True):
-            if isinstance(result, GpudError) and result.code is not Code.RECORD_UNAVAILABLE:
+            if isinstance(result, GpudError) and not _is_the_servers(result):
                 faults[gpu.address] = result.detail
             elif isinstance(result, BaseException):
                 raise result
@@ -191,6 +191,10 @@ class CardSteps:
                 told = card.first_faults if instance.running_at is None else card.faults
             faults += [f"GPU {gpu.address}: {fault}" for fault in told]
         return faults
+
+
+def _is_the_servers(error: GpudError) -> bool:
+    return error.transient or error.code is Code.RECORD_UNAVAILABLE
 
 
 def functions_of(grant: Grant) -> list[PciAddress]:

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Final
+from weakref import WeakValueDictionary
 
 import structlog
 
@@ -61,6 +62,7 @@ class Cleaner:
         self._hypervisor = hypervisor
         self.boot_id = boot_id
         self._metrics = metrics
+        self._releases: WeakValueDictionary[PciAddress, asyncio.Lock] = WeakValueDictionary()
 
     async def ask_nvml(self) -> Sequence[NvmlGpu]:
         """What NVML says of the cards that it sees at the moment."""
@@ -155,12 +157,18 @@ class Cleaner:
     async def release(self, gpu: PciAddress) -> bool:
         """End a quarantine. What a guest had is cleaned first, and given back to its drivers.
 
+        One at a time for each card: a second would go on cleaning what the first has let be sold.
+
         Returns:
             False when the card is not quarantined.
 
         Raises:
             GpudError: An instance has the card, or it is not well: it stays quarantined.
         """
+        async with self._releases.setdefault(gpu, asyncio.Lock()):
+            return await self._release(gpu)
+
+    async def _release(self, gpu: PciAddress) -> bool:
         holder = self._holder(gpu)
         if holder is not None:
             raise GpudError(

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from gpud.errors import GpudError
 from gpud.host import pci
 from gpud.host.pci import Bar, PciFunction, PciTree
 from gpud.model import PciAddress
@@ -203,3 +205,19 @@ def test_what_is_no_function_is_passed_over(desktop: RecordedHost) -> None:
 
 def test_a_host_without_pci_has_no_functions(tmp_path: Path) -> None:
     assert pci.read(tmp_path).functions == {}
+
+
+@pytest.mark.parametrize("call", ["listdir", "open", "readlink"])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_who_cannot_look_does_not_say_that_nothing_is_there(
+    desktop: RecordedHost, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    def exhausted(*_arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, exhausted)
+        with pytest.raises(GpudError, match="the PCI bus cannot be read") as told:
+            pci.read(desktop.sysfs)
+    assert told.value.transient
+    assert len(pci.read(desktop.sysfs).functions) > 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
+import os
 import sys
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
@@ -273,6 +275,84 @@ async def test_a_full_disk_is_no_cards_fault(
     await gpud.deleted(await gpud.running())
     assert set(drivers(kernel).values()) == AS_FOUND
     assert quarantines(gpud) == {}
+
+
+async def test_no_process_to_spare_is_no_cards_fault(
+    gpud: Gpud, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, refused = kernel.write, 0
+
+    async def exhausted(_file: Path, _text: str, _timeout_s: float) -> None:
+        nonlocal refused
+        refused += 1
+        if refused > 3:
+            monkeypatch.setattr(kernel, "write", write)
+        raise GpudError(Code.HOST_COMMAND_FAILED, "dd could not be started", transient=True)
+
+    instance = await gpud.running()
+    monkeypatch.setattr(kernel, "write", exhausted)
+    await gpud.deleted(instance)
+    assert refused > 3
+    assert set(drivers(kernel).values()) == AS_FOUND
+    assert quarantines(gpud) == {}
+
+
+async def test_no_file_descriptor_to_spare_ends_no_guest(
+    gpud: Gpud, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance = await gpud.running()
+    listdir, refused = os.listdir, 0
+
+    def exhausted(path: str) -> list[str]:
+        nonlocal refused
+        if Path(path) != kernel.sysfs.root / "bus/pci/devices":
+            return listdir(path)
+        refused += 1
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def tried_often() -> bool:
+        gpud.worker.wake_all()
+        return refused > 3
+
+    bus = gpud.inventory._bus
+    hours = itertools.count(bus._clock() + 3600, 3600)  # no look is so soon that none is needed
+    with monkeypatch.context() as patch:
+        patch.setattr(bus, "_clock", lambda: next(hours))
+        patch.setattr(os, "listdir", exhausted)
+        await until(tried_often)
+        with pytest.raises(GpudError, match="the PCI bus cannot be read"):
+            await gpud.inventory.lost([GPU], fresh=True)
+    assert await gpud.inventory.lost([GPU], fresh=True) == []
+    assert gpud.store.live[instance.upstream_id].step is Step.RUNNING
+
+
+async def test_a_second_release_of_a_card_does_not_touch_it_once_it_is_sold_again(
+    gpud: Gpud, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance = await gpud.running()
+    kernel.fail(f"devices/{GPU}/reset", errno.EIO)
+    await gpud.deleted(instance)
+    kernel.mend(f"devices/{GPU}/reset")
+    domains_of, asked, late = gpud.cleaner.domains_of, 0, asyncio.Event()
+
+    async def late_for_the_second(functions: Collection[PciAddress]) -> dict[PciAddress, str]:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            await late.wait()
+        return await domains_of(functions)
+
+    monkeypatch.setattr(gpud.cleaner, "domains_of", late_for_the_second)
+    first, second = (asyncio.create_task(gpud.cleaner.release(GPU)) for _ in range(2))
+    assert await first
+    monkeypatch.setattr(gpud.cleaner, "domains_of", domains_of)
+    await gpud.inventory.refresh()
+    instance = await gpud.running("sold again")
+    resets = list(kernel.resets)
+    late.set()
+    assert not await second
+    assert kernel.resets == resets
+    assert kernel.driver(instance.grant.gpus[0].address) == "vfio-pci"
 
 
 async def test_what_no_step_foresaw_is_tried_again(
