@@ -187,7 +187,8 @@ class OrderDesk:
         except GpudError as error:
             _log.error("order refused: the guest image cannot be used", error=str(error))
             raise GpudError(Code.NO_CAPACITY, "this server has no usable guest image") from error
-        return offers.grant(config, self._inventory.host, grants, order, image.digest)
+        last, host = self._store.last_address, self._inventory.host
+        return offers.grant(config, host, grants, order, image.digest, last)
 
     def _recordable(self) -> bool:
         return self._monotonic() - self._unrecorded_at >= _UNRECORDED_S

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from decimal import Decimal
+from ipaddress import IPv4Address
 
 from gpud.allocator import Placement, Shortage, how_many, place, remaining
 from gpud.config import Config, Offer
@@ -70,9 +71,14 @@ def offerings(config: Config, host: Host, grants: Sequence[Grant]) -> list[Offer
 
 
 def grant(
-    config: Config, host: Host, grants: Sequence[Grant], order: Order, image_digest: str
+    config: Config,
+    host: Host,
+    grants: Sequence[Grant],
+    order: Order,
+    image_digest: str,
+    last_address: IPv4Address | None = None,
 ) -> Grant:
-    """Decide what ``order`` gets.
+    """Decide what ``order`` gets; ``last_address`` is the one that was given last of all.
 
     Raises:
         GpudError: ``NOT_OFFERED`` for what is never sold here; :class:`NoCapacity` for what is not
@@ -80,7 +86,7 @@ def grant(
     """
     offer = _matching_offer(config, order)
     shape = shape_of(offer, order.gpu_count)
-    placement = place(shape, remaining(host, grants), offer.gpu_counts)
+    placement = place(shape, remaining(host, grants), offer.gpu_counts, last_address)
     if not isinstance(placement, Placement):
         raise NoCapacity(placement)
     return Grant(

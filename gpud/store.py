@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from ipaddress import IPv4Address
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
@@ -39,7 +40,6 @@ from gpud.schema import COLUMNS, RESTORED, from_row, guest_input_from, guest_inp
 from gpud.statefile import STATE_FILE, UNREADABLE, Claim, claim, not_written, unusable
 
 T = TypeVar("T")
-
 _log = structlog.get_logger()
 
 _INSERT = f"INSERT INTO instance ({', '.join(COLUMNS)}) VALUES (:{', :'.join(COLUMNS)})"  # noqa: S608
@@ -47,6 +47,11 @@ _UPDATE = (
     f"UPDATE instance SET {', '.join(f'{name} = :{name}' for name in COLUMNS)}"  # noqa: S608
     " WHERE upstream_id = :upstream_id"
 )
+_BY_EITHER_ID = (
+    "SELECT * FROM instance WHERE upstream_id = ?1 OR instance_id = ?1"
+    " ORDER BY upstream_id = ?1 DESC LIMIT 1"
+)
+_NEWEST = "SELECT * FROM instance ORDER BY created_at DESC LIMIT ?"
 _SAME_AGAIN = "REPLACE INTO meta SELECT key, value FROM meta WHERE key = 'owner'"
 """Changes nothing. An UPDATE that changes nothing is not written."""
 _RECENT_BOOTS = 20
@@ -78,9 +83,8 @@ class Store(CardRecord):
         self._by_instance_id: dict[str, str] = {}
         self._changed: dict[str, Instance] = {}
         self._listeners: list[Callable[[Instance], None]] = []
-        self.owner = ""
-        self.restored = False
-        self.version = 0
+        self.owner, self.restored, self.version = "", False, 0
+        self.last_address: IPv4Address | None = None
 
     @classmethod
     async def open(cls, state_dir: Path, clock: Callable[[], float] = time.time) -> Self:
@@ -136,8 +140,7 @@ class Store(CardRecord):
 
     async def recent(self, limit: int) -> list[Instance]:
         """The newest instances, ended ones too, newest first."""
-        query = "SELECT * FROM instance ORDER BY created_at DESC LIMIT ?"
-        rows = await self._run(lambda: self._connection.execute(query, (limit,)).fetchall())
+        rows = await self._run(lambda: self._connection.execute(_NEWEST, (limit,)).fetchall())
         return [from_row(row) for row in rows]
 
     # -- changing --------------------------------------------------------------------------------
@@ -197,7 +200,7 @@ class Store(CardRecord):
         await self._change(lambda: self._guest_booted(upstream_id, boot_id))
 
     async def script_exited(self, upstream_id: str, exit_code: int) -> bool:
-        """Record how the startup script ended in this boot; False when that was known already."""
+        """Record how the startup script first ended in this boot; False when that is known already."""
         return await self._change(lambda: self._script_exited(upstream_id, exit_code))
 
     async def trust(self) -> None:
@@ -273,23 +276,19 @@ class Store(CardRecord):
         self._live = {instance.upstream_id: instance for instance in live}
         self._by_instance_id = {one.instance_id: one.upstream_id for one in live}
         self._load_cards()
-        new_owner = ("owner", secrets.token_hex(8))
-        self._connection.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", new_owner)
-        query = "SELECT value FROM meta WHERE key = 'owner'"
-        self.owner = self._connection.execute(query).fetchone()[0]
-        query = "SELECT 1 FROM meta WHERE key = ?"
-        self.restored = self._connection.execute(query, (RESTORED,)).fetchone() is not None
+        new_owner = "INSERT OR IGNORE INTO meta VALUES ('owner', ?)"
+        self._connection.execute(new_owner, (secrets.token_hex(8),))
+        meta = dict(self._connection.execute("SELECT key, value FROM meta"))
+        self.owner, self.restored = meta["owner"], RESTORED in meta
+        for newest in self._connection.execute(_NEWEST, (1,)):
+            self.last_address = from_row(newest).grant.address
 
     def _trust(self) -> None:
         self._connection.execute("DELETE FROM meta WHERE key = ?", (RESTORED,))
         self._note("", "restored", "trusted", "what the restored state does not know may go")
 
     def _find(self, either_id: str) -> Instance | None:
-        query = (
-            "SELECT * FROM instance WHERE upstream_id = ?1 OR instance_id = ?1"
-            " ORDER BY upstream_id = ?1 DESC LIMIT 1"
-        )
-        row = self._connection.execute(query, (either_id,)).fetchone()
+        row = self._connection.execute(_BY_EITHER_ID, (either_id,)).fetchone()
         return from_row(row) if row is not None else None
 
     def _admit(self, order: Order, decide: Callable[[Sequence[Grant]], Grant]) -> Admission:
@@ -329,6 +328,7 @@ class Store(CardRecord):
         if grant.address is not None:
             claim = (str(grant.address), instance.upstream_id)
             self._connection.execute("INSERT INTO address_claim VALUES (?, ?)", claim)
+            self.last_address = grant.address
         self._note(instance.upstream_id, "", _place(instance), "order accepted")
         self._changed[instance.upstream_id] = instance
         return Admission(instance, replayed=False, usual_boot_s=self._usual_boot_s(grant))
@@ -354,8 +354,9 @@ class Store(CardRecord):
         if changes.get("status") not in LEGAL_STATUS[current.status]:
             changes.pop("status", None)
         if step is Step.ENDED:
-            failed = current.status is Status.ERROR
-            changes["status"] = Status.ERROR if failed else Status.TERMINATED
+            changes["status"] = (
+                Status.ERROR if current.status is Status.ERROR else Status.TERMINATED
+            )
             changes["ended_at"] = now
             for table in ("guest_input", "gpu_claim", "address_claim"):
                 query = f"DELETE FROM {table} WHERE upstream_id = ?"  # noqa: S608 - names from above
@@ -381,8 +382,8 @@ class Store(CardRecord):
 
     def _script_exited(self, upstream_id: str, exit_code: int) -> bool:
         current = self._live.get(upstream_id)
-        if current is None or current.script_exit_code == exit_code:
-            return False
+        if current is None or current.script_exit_code is not None:
+            return False  # a guest could go on telling another one, and each is a write to the disk
         why = f"the startup script ended with exit code {exit_code}"
         self._put(current, {"script_exit_code": exit_code}, why)
         return True

@@ -11,7 +11,7 @@ an order can be served in several ways, it is served
 5. so that the most orders of the biggest count on sale can still be had on one node each, then the
    most within one NVLink set each; then of the next smaller count, and so on;
 6. from the smallest sets that will do, so that the larger stay whole for counts not on sale today;
-7. from the lowest addresses.
+7. with the GPUs at the lowest addresses.
 
 All ways are looked at, but of those that are mirror images of each other only one: some dozens even
 with 16 GPUs. (Only a thousand, where many nodes all differ; then 1. still holds for the nodes of the

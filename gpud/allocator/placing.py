@@ -41,13 +41,19 @@ class Placement:
     nodes: tuple[NumaNode, ...] = ()
 
 
-def place(shape: Shape, free: Host, counts: Collection[int] = COUNTS) -> Placement | Shortage:
+def place(
+    shape: Shape,
+    free: Host,
+    counts: Collection[int] = COUNTS,
+    last_address: IPv4Address | None = None,
+) -> Placement | Shortage:
     """Choose what an order of ``shape`` gets of what is free, or say what is short.
 
     Args:
         shape: What was ordered.
         free: What :func:`remaining` has left.
         counts: The GPU counts in which this type is sold; the bigger ones are kept possible.
+        last_address: The address that was given last of all.
     """
     stacks = stacked(free.gpus, shape.gpu_type)
     checks = (
@@ -63,7 +69,17 @@ def place(shape: Shape, free: Host, counts: Collection[int] = COUNTS) -> Placeme
     nodes = all_nodes(free, stacks)
     after = Aftermath(shape, stacks, nodes, sorted(counts, reverse=True))
     best = min(choices(shape, stacks, nodes), key=after.cost)
-    return Placement(best.gpus, min(free.addresses) if free.addresses else None, best.drawn)
+    return Placement(best.gpus, _next(last_address, free.addresses or ()), best.drawn)
+
+
+def _next(last: IPv4Address | None, free: Collection[IPv4Address]) -> IPv4Address | None:
+    """The next above the last, and then from the lowest again.
+
+    So an address rests for as long as there are others. What is still on its way to the guest that had it
+    (connections that the host translates, a peer that goes on sending) would reach the next that has it.
+    """
+    above = [one for one in free if last is not None and one > last]
+    return min(above or free, default=None)
 
 
 def how_many(shape: Shape, free: Host, counts: Collection[int] = COUNTS) -> int:

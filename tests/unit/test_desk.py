@@ -49,6 +49,21 @@ async def test_an_order_gets_the_image_as_it_is_now(service: Service) -> None:
     assert not accepted.replayed
 
 
+async def test_an_address_rests_while_there_are_others_also_over_a_restart(
+    tmp_path: Path, images: ImageStore
+) -> None:
+    """What is still on its way to the former guest must not reach the next."""
+    network = {"mode": "network", "name": "guests", "subnet": "10.7.0.0/29"}  # four of them
+    config, clock, given = config_from(tmp_path, network=network), Clock(), []
+    for number in range(6):
+        clock.advance(60)
+        async with running_service(config, images, clock) as service:
+            accepted = await service.desk.order(order(f"order-{number}"))
+            given.append(str(accepted.instance.grant.address))
+            await make_ended(service, accepted.instance.upstream_id)
+    assert given == [f"10.7.0.{last}" for last in (2, 3, 4, 5, 6, 2)]
+
+
 async def test_each_refusal_is_counted_by_its_code(service: Service) -> None:
     assert await refusal(service, gpu_count=9) is Code.NOT_OFFERED
     await service.desk.order(order(gpu_count=2))

@@ -284,3 +284,12 @@ def test_addresses_are_given_from_the_lowest_up() -> None:
     given = place(shape(), free)
     assert isinstance(given, Placement)
     assert given.address == IPv4Address("10.0.0.2")
+
+
+@pytest.mark.parametrize(("last", "then"), [(2, 3), (3, 4), (4, 2), (200, 2)])
+def test_an_address_rests_while_there_are_others(last: int, then: int) -> None:
+    addresses = tuple(IPv4Address(f"10.0.0.{one}") for one in (2, 3, 4))
+    free = replace(host(server(), nodes=ROOMY), addresses=addresses)
+    given = place(shape(), free, last_address=IPv4Address(f"10.0.0.{last}"))
+    assert isinstance(given, Placement)
+    assert given.address == IPv4Address(f"10.0.0.{then}")
