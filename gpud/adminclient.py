@@ -15,6 +15,8 @@ import aiohttp
 from gpud.errors import Code, GpudError, Problem
 
 _POLL_S = 1.0
+_ANSWER_S = 60.0
+"""Questions are answered from memory or the record. What changes something may take longer."""
 
 
 class Target(Protocol):
@@ -111,7 +113,7 @@ def gpu_path(address: str, act: str) -> str:
 
 
 async def _get(socket: Path, path: str) -> Any:  # noqa: ANN401
-    async with _asked(socket, "GET", path) as response:
+    async with _asked(socket, "GET", path, answer_s=_ANSWER_S) as response:
         return await response.json()
 
 
@@ -129,10 +131,14 @@ async def _copy(socket: Path, path: str, target: Target) -> None:
 
 @asynccontextmanager
 async def _asked(
-    socket: Path, method: str, path: str, body: dict[str, str] | None = None
+    socket: Path,
+    method: str,
+    path: str,
+    body: dict[str, str] | None = None,
+    answer_s: float | None = None,
 ) -> AsyncIterator[aiohttp.ClientResponse]:
     connector = aiohttp.UnixConnector(str(socket))
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=answer_s)
     try:
         async with (
             aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
@@ -149,6 +155,12 @@ async def _asked(
             hint="ask as root, or as a member of the daemon's group"
             if denied
             else "`systemctl status gpud` tells whether it runs",
+        ) from error
+    except aiohttp.ServerTimeoutError as error:
+        raise GpudError(
+            Code.STATE_UNUSABLE,
+            f"the daemon listens on {socket}, and has not answered for {answer_s:g} s",
+            hint="`journalctl -u gpud` tells what it does; `systemctl restart gpud` ends no guest",
         ) from error
     except aiohttp.ClientError as error:
         raise GpudError(Code.STATE_UNUSABLE, "the daemon broke off its answer") from error

@@ -6,9 +6,9 @@ import re
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
+from yarl import URL
 
 from gpud.model import GPU_TYPES
 
@@ -20,14 +20,14 @@ def _known_gpu_type(identifier: str) -> str:
 
 
 def _private_or_https(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
+    parts = URL(url)  # what requests are made with; raises for a port that is none
+    if parts.scheme not in {"http", "https"} or not parts.host:
         raise ValueError("not an http(s) URL")
     if parts.scheme == "http":
         try:
-            loopback = ip_address(parts.hostname).is_loopback
+            loopback = ip_address(parts.host).is_loopback
         except ValueError:
-            loopback = parts.hostname == "localhost"
+            loopback = parts.host == "localhost"
         if not loopback:
             raise ValueError("plain http is accepted for loopback only; use https")
     return url

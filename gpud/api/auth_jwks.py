@@ -104,7 +104,10 @@ class JwksUrl:
 
     async def _fetch_once(self) -> None:
         """Fetch, or join the fetch under way; a caller who goes away does not end it for others."""
-        await asyncio.shield(self._begin())
+        flight = self._begin()
+        await asyncio.wait([flight])
+        if not flight.cancelled():  # as :meth:`close` does
+            flight.result()
 
     def _begin(self) -> asyncio.Task[None]:
         if self._flight is None:

@@ -107,7 +107,9 @@ class Introspector:
             flight = asyncio.create_task(self._ask(token), name="introspection")
             self._flights[name] = flight
             flight.add_done_callback(lambda _: self._flights.pop(name))
-        return await asyncio.shield(flight)
+        await asyncio.wait([flight])
+        # A reload may have put another judge in this one's place, and closed this one.
+        return None if flight.cancelled() else flight.result()
 
     async def _ask(self, token: str) -> dict[str, Any] | None:
         try:

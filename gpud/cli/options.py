@@ -54,8 +54,16 @@ def socket_of(config_file: Path) -> Path:
     try:
         expected = load_config(config_file).admin_socket_path
     except GpudError as error:
-        if config_file != _SERVICE_CONFIG or not _SERVICE_SOCKET.exists():
+        if config_file != _SERVICE_CONFIG or not _there(_SERVICE_SOCKET):
             raise
         click.echo(f"Warning: the daemon goes by what it last read, and not by {error}", err=True)
         return _SERVICE_SOCKET
-    return expected if expected.exists() or not _SERVICE_SOCKET.exists() else _SERVICE_SOCKET
+    return expected if _there(expected) or not _there(_SERVICE_SOCKET) else _SERVICE_SOCKET
+
+
+def _there(socket: Path) -> bool:
+    """Whether there is a socket, or a directory that this user may not look into, as the daemon's is."""
+    try:
+        return socket.exists()
+    except PermissionError:
+        return True

@@ -63,6 +63,6 @@ class Stock(Section):
 class HostReserve(Section):
     """What the host keeps for itself; never sold."""
 
-    cpu_cores: Annotated[int, Field(ge=0)] = 2
-    memory_gib: Annotated[float, Field(ge=0)] = 8
-    storage_gib: Annotated[int, Field(ge=0)] = 20
+    cpu_cores: Annotated[int, Field(ge=0, le=4096)] = 2
+    memory_gib: Annotated[float, Field(ge=0, le=65536)] = 8
+    storage_gib: Annotated[int, Field(ge=0, le=1048576)] = 20

@@ -94,6 +94,18 @@ def test_an_answer_that_breaks_off_is_no_traceback(serve: Serve) -> None:
     assert "broke off" in refusal(serve(response("200 OK", b'{"a"', length=100))).detail
 
 
+def test_a_daemon_that_does_not_answer_is_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adminclient, "_ANSWER_S", 0.05)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "silent"))
+        silent.listen()
+        error = refusal(tmp_path / "silent")
+    assert "has not answered for 0.05 s" in error.detail
+    assert "journalctl -u gpud" in error.hint
+
+
 def events(*ids: int) -> bytes:
     body = json.dumps({"events": [{"id": number} for number in ids]})
     return response("200 OK", body.encode())

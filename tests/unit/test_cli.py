@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -200,6 +201,22 @@ def test_the_service_can_be_asked_while_its_configuration_is_bad(
     assert "price_per_gpu_hour" in asked.stderr
     assert "Warning" not in (reload := gpud("reload")).stderr
     assert reload.exit_code == 1
+
+
+class Locked(type(Path())):  # type: ignore[misc]  # Python 3.11 has no other way
+    """A path into a directory that its user may not look into."""
+
+    def exists(self, **_options: bool) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+
+def test_a_socket_that_may_not_be_looked_at_is_asked_all_the_same(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that who is not in the daemon's group is told that, and not of an error of Python's."""
+    locked = Locked("/run/gpud/gpud.sock")
+    monkeypatch.setattr(options, "_SERVICE_SOCKET", locked)
+    assert options.socket_of(config_file) is locked
 
 
 def test_a_config_that_is_not_there_is_named(gpud: Callable[..., Result]) -> None:

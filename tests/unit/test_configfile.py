@@ -183,6 +183,8 @@ network: {mode: bridge, last_address: 10.77.0.1}
          " price_per_gpu_hour: {spot: 1}}]\nguest: {hugepages: 1G}"), "guest", "do not add up to"),
         ("gpus: {pci_ids: {'2330': l40s}}", "gpus.pci_ids.2330", "such as 10de:2330"),
         ("guest: {max_restarts: yes}", "guest.max_restarts", "integer"),
+        ("host_reserve: {memory_gib: .inf}", "host_reserve.memory_gib", "less than"),
+        ("host_reserve: {memory_gib: 1.0e+300}", "host_reserve.memory_gib", "less than"),
         ("log: {level: loud}", "log.level", "'debug'"),
         ("prices: {}", "prices", "unknown key"),
     ],
@@ -200,6 +202,8 @@ def test_what_cannot_be_is_refused(section: str, key: str, words: str) -> None:
         ("{issuer: a, audience: [b], jwks_url: 'http://auth.example.com/jwks'}", "auth.jwks_url",
          "loopback only"),
         ("{issuer: a, audience: [b], jwks_url: 'ftp://x'}", "auth.jwks_url", "not an http(s) URL"),
+        ("{issuer: a, audience: [b], jwks_url: 'https://x:PORT/y'}", "auth.jwks_url", "port"),
+        ("{issuer: a, audience: [b], jwks_url: 'https://x:99999/y'}", "auth.jwks_url", "range"),
         ("{issuer: a, audience: []}", "auth.audience", "at least 1"),
         ("{issuer: '', audience: [b]}", "auth.issuer", "at least 1"),
         (("{issuer: a, audience: [b], introspection: {url: 'https://x/i', client_id: c,"
@@ -263,6 +267,22 @@ def test_an_empty_file_lists_what_is_missing() -> None:
 def test_text_that_is_no_yaml_is_refused_with_its_line() -> None:
     with pytest.raises(GpudError, match=r"is not YAML(.|\n)*line 1"):
         parse_config("a: [")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "site: {region: 2024-13-45}",
+        "site: &a {region: *a}",
+        "{2024-12-24: x}",
+        "[" * 5000 + "]" * 5000,
+    ],
+    ids=["a day that is none", "in itself", "a day for a key", "too deep"],
+)
+def test_yaml_that_nothing_can_be_made_of_is_refused(text: str) -> None:
+    with pytest.raises(GpudError, match="config is not YAML") as refused:
+        parse_config(text)
+    assert refused.value.code is Code.CONFIG_INVALID
 
 
 def test_yaml_cannot_make_objects() -> None:

@@ -215,15 +215,14 @@ async def test_a_token_is_asked_about_once_for_all_who_wait(
     assert host.asked == [INTROSPECTION_PATH]
 
 
-async def test_closing_ends_the_questions_under_way(
+async def test_closing_ends_the_questions_under_way_and_who_waits_is_told_to_come_again(
     introspecting: Authenticator, host: Any, eventually: Any
 ) -> None:
     host.gate.clear()
     waiting = asyncio.create_task(outcome(introspecting))
     await eventually(lambda: host.asked)
     await introspecting.close()
-    await asyncio.gather(waiting, return_exceptions=True)
-    assert waiting.cancelled()
+    assert await waiting is Reason.INTROSPECTION_UNAVAILABLE
 
 
 async def test_an_unreadable_secret_stops_the_start(
