@@ -164,6 +164,12 @@ COLUMNS: Final = (
     "script_exit_code", "restarts", "last_start_at", "drivers_noted_in", "nodes", "former_drivers",
 )  # fmt: skip
 
+INSERT: Final = f"INSERT INTO instance ({', '.join(COLUMNS)}) VALUES (:{', :'.join(COLUMNS)})"  # noqa: S608
+UPDATE: Final = (
+    f"UPDATE instance SET {', '.join(f'{name} = :{name}' for name in COLUMNS)}"  # noqa: S608
+    " WHERE upstream_id = :upstream_id"
+)
+
 _WITHOUT_BOOT_ID: Final = 2
 """The last version of which there are files that lack this column."""
 _PLAIN: Final = COLUMNS[COLUMNS.index("step_since") : COLUMNS.index("nodes")]

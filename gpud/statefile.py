@@ -31,6 +31,8 @@ _PRAGMAS = (
     "secure_delete = ON",
 )
 
+_SAME_AGAIN = "REPLACE INTO meta SELECT key, value FROM meta WHERE key = 'owner'"
+"""Changes nothing. An UPDATE that changes nothing is not written."""
 _LOST = (
     # The sign keeps SQLite from reading the very index that is in question.
     "SELECT upstream_id FROM instance WHERE +step != 'ended'"
@@ -197,6 +199,24 @@ def not_written(error: sqlite3.OperationalError) -> GpudError:
         hint="see `df` and dmesg for the file system of state_dir",
         retry_after_s=_RETRY_AFTER_S,
     )
+
+
+def empty_log(connection: sqlite3.Connection) -> str | None:
+    """Write the log's changes into the file, overwrite the log, and begin it anew.
+
+    Scripts and keys that are gone from the tables are gone from it then, and so is what a commit that
+    failed has left there: frames behind those that count, which could be taken for damage.
+
+    Returns:
+        Why it could not be done; None when it was. What was committed stays so in any case.
+    """
+    try:
+        blocked = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        # The first write into a new log is a write to the disk more, which no order need wait for.
+        connection.execute(_SAME_AGAIN)
+    except sqlite3.Error as error:
+        return str(error)
+    return "a reader is in the way" if blocked else None
 
 
 def _misplaced(path: Path) -> str | None:

@@ -22,6 +22,7 @@ from typing import Any, Self, TypeVar
 
 import structlog
 
+from gpud import statefile
 from gpud.cardrecord import CardRecord
 from gpud.errors import Code, GpudError
 from gpud.model import (
@@ -36,24 +37,25 @@ from gpud.model import (
     Status,
     Step,
 )
-from gpud.schema import COLUMNS, RESTORED, from_row, guest_input_from, guest_input_row, to_row
-from gpud.statefile import STATE_FILE, UNREADABLE, Claim, claim, not_written, unusable
+from gpud.schema import (
+    INSERT,
+    RESTORED,
+    UPDATE,
+    from_row,
+    guest_input_from,
+    guest_input_row,
+    to_row,
+)
+from gpud.statefile import STATE_FILE, UNREADABLE, Claim, claim
 
 T = TypeVar("T")
 _log = structlog.get_logger()
 
-_INSERT = f"INSERT INTO instance ({', '.join(COLUMNS)}) VALUES (:{', :'.join(COLUMNS)})"  # noqa: S608
-_UPDATE = (
-    f"UPDATE instance SET {', '.join(f'{name} = :{name}' for name in COLUMNS)}"  # noqa: S608
-    " WHERE upstream_id = :upstream_id"
-)
 _BY_EITHER_ID = (
     "SELECT * FROM instance WHERE upstream_id = ?1 OR instance_id = ?1"
     " ORDER BY upstream_id = ?1 DESC LIMIT 1"
 )
 _NEWEST = "SELECT * FROM instance ORDER BY created_at DESC LIMIT ?"
-_SAME_AGAIN = "REPLACE INTO meta SELECT key, value FROM meta WHERE key = 'owner'"
-"""Changes nothing. An UPDATE that changes nothing is not written."""
 _RECENT_BOOTS = 20
 _BY_CALLER = "the caller asked to terminate it"
 
@@ -84,6 +86,7 @@ class Store(CardRecord):
         self._changed: dict[str, Instance] = {}
         self._listeners: list[Callable[[Instance], None]] = []
         self.owner, self.restored, self.version = "", False, 0
+        self._log_to_empty = False
         self.last_address: IPv4Address | None = None
 
     @classmethod
@@ -108,7 +111,7 @@ class Store(CardRecord):
             await store._run(store._load)
         except UNREADABLE as error:
             await store.close()
-            raise unusable(claim.state_dir / STATE_FILE, error) from error
+            raise statefile.unusable(claim.state_dir / STATE_FILE, error) from error
         return store
 
     async def close(self) -> None:
@@ -233,9 +236,12 @@ class Store(CardRecord):
             if self._connection.in_transaction:  # SQLite itself ends it on a full disk, say
                 self._connection.execute("ROLLBACK")
             if isinstance(error, sqlite3.OperationalError):
-                raise not_written(error) from error
+                self._log_to_empty = True  # of frames that do not count
+                raise statefile.not_written(error) from error
             raise
         self._publish(loop)
+        if self._log_to_empty:
+            self._empty_log()
         return result
 
     def _publish(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -248,8 +254,8 @@ class Store(CardRecord):
         self._live = {key: instance for key, instance in live.items() if instance.live}
         self._by_instance_id = {one.instance_id: one.upstream_id for one in self._live.values()}
         loop.call_soon_threadsafe(self._tell, loop, tuple(self._changed.values()))
-        if not all(instance.live for instance in self._changed.values()):
-            self._empty_log()
+        # Scripts and keys of who has ended are gone from the tables, and not yet from the log.
+        self._log_to_empty |= not all(instance.live for instance in self._changed.values())
 
     def _tell(self, loop: asyncio.AbstractEventLoop, changed: Sequence[Instance]) -> None:
         for instance in changed:
@@ -257,17 +263,10 @@ class Store(CardRecord):
                 loop.call_soon(listener, instance)  # so that none takes the news from the others
 
     def _empty_log(self) -> None:
-        """Drop scripts and keys that are gone from the tables from the write-ahead log too.
-
-        Then begin it anew: that is a write to the disk of its own, which no order need wait for.
-        """
-        try:
-            blocked = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-            self._connection.execute(_SAME_AGAIN)
-        except sqlite3.Error as error:  # what was committed stays committed
-            blocked = str(error)
-        if blocked:
-            _log.warning("state log not emptied; the next end of an instance does it", why=blocked)
+        why = statefile.empty_log(self._connection)
+        self._log_to_empty = why is not None
+        if why:
+            _log.warning("state log not emptied; the next change does it", why=why)
 
     def _load(self) -> None:
         self._empty_log()  # a crash may have come between the end of an instance and this
@@ -320,7 +319,7 @@ class Store(CardRecord):
             step_since=now,
             created_at=now,
         )
-        self._connection.execute(_INSERT, to_row(instance))
+        self._connection.execute(INSERT, to_row(instance))
         given = guest_input_row(instance.upstream_id, order.guest_input)
         self._connection.execute("INSERT INTO guest_input VALUES (?, ?, ?, ?)", given)
         claims = [(str(gpu.address), instance.upstream_id) for gpu in grant.gpus]
@@ -391,7 +390,7 @@ class Store(CardRecord):
     def _put(self, current: Instance, changes: dict[str, Any], why: str) -> Instance:
         """The one place that changes an instance."""
         instance = replace(current, **changes)
-        self._connection.execute(_UPDATE, to_row(instance))
+        self._connection.execute(UPDATE, to_row(instance))
         self._note(instance.upstream_id, _place(current), _place(instance), why)
         self._changed[instance.upstream_id] = instance
         return instance

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import pytest_socket
+import structlog
 from hypothesis import settings
 
 from gpud.host.nvml import Nvml
@@ -85,6 +86,14 @@ def program_fence(request: pytest.FixtureRequest) -> Iterator[ProgramFence]:
     yield _FENCE
     _FENCE.allowed = None
     assert not _FENCE.stopped, f'name them: @pytest.mark.real_command("{_FENCE.stopped[0]}")'
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """A verb that keeps its log to errors would keep the next test's to them, too."""
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
 
 
 @pytest.fixture(scope="session")

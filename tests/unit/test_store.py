@@ -483,6 +483,38 @@ async def test_nothing_of_script_and_keys_is_left_in_the_files_after_the_end(
     assert b"stays" in left
 
 
+class FailingDisk:
+    """A connection whose commits fail: by then SQLite may have written their frames into the log."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def execute(self, query: str, *values: Any) -> sqlite3.Cursor:
+        if query == "COMMIT":
+            raise sqlite3.OperationalError("disk I/O error")
+        return self._connection.execute(query, *values)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+
+async def test_what_a_failed_commit_may_have_left_in_the_log_goes_with_the_next_that_succeeds(
+    store: Store, state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than one such transaction behind the log's end would be taken for damage at the next start."""
+    log = state_dir / "state.sqlite-wal"
+    instance = await admit(store, script=b"#!/bin/sh\n" + b"x" * 60_000)
+    full = log.stat().st_size
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_connection", FailingDisk(store._connection))
+        with pytest.raises(GpudError, match="cannot be written at the moment"):
+            await admit(store, "refused", 2)
+    assert log.stat().st_size == full
+    await store.request_delete(instance.upstream_id)
+    assert log.stat().st_size < full
+    assert instance.upstream_id in store.live
+
+
 async def test_a_crash_right_after_the_end_leaves_no_script_to_the_next_start(
     store: Store, state_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
