@@ -98,19 +98,26 @@ class OrderDesk:
 
     def closed(self) -> list[str]:
         """Why nothing at all is for sale now, in words for the operator; empty when it may be."""
-        why = []
-        if self._store.restored:
-            why.append("the state is from a backup (after a look: gpud check --repair)")
-        if not self._recordable():
-            why.append("an order could not be recorded within the last minute (see df and dmesg)")
-        if not self._hypervisor_up():
-            why.append("libvirt does not answer (virsh list; systemctl restart libvirtd)")
-        if (fault := self._image_fault()) is not None:
-            why.append(f"the guest image cannot be used: {fault}")
-        if self._inventory.view == 0:
-            why.append(f"the host cannot be read: {self._inventory.problem}")
+        why = [*self.faults().values()]
         if (drain := self._store.drains.get(None)) is not None:
             why.append(str(drained(drain)))
+        return why
+
+    def faults(self) -> dict[str, str]:
+        """The same less a drain, which somebody wanted: each with what it is of."""
+        why = {}
+        if self._store.restored:
+            why["backup"] = "the state is from a backup (after a look: gpud check --repair)"
+        if not self._recordable():
+            why["record"] = (
+                "an order could not be recorded within the last minute (see df and dmesg)"
+            )
+        if not self._hypervisor_up():
+            why["libvirt"] = "libvirt does not answer (virsh list; systemctl restart libvirtd)"
+        if (fault := self._image_fault()) is not None:
+            why["image"] = f"the guest image cannot be used: {fault}"
+        if self._inventory.view == 0:
+            why["host"] = f"the host cannot be read: {self._inventory.problem}"
         return why
 
     def explained(self) -> list[tuple[Offering, str]]:

@@ -82,6 +82,7 @@ class Authenticator:
                 rules,
                 timeout_s=config.http_timeout_s,
                 environ=environ,
+                monotonic=monotonic,
             )
             return
         source: KeySource

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 from urllib.parse import quote_plus
 
@@ -25,6 +25,8 @@ _log = get_logger()
 _OK: Final = 200
 _MAX_ANSWER_BYTES: Final = 65536
 _RETRY_AFTER_S: Final = 5
+_FAILING_S: Final = 120.0
+"""For how long a question that failed tells of the next: while there are callers, one comes sooner."""
 
 
 class Introspector:
@@ -38,6 +40,7 @@ class Introspector:
         *,
         timeout_s: float,
         environ: Mapping[str, str],
+        monotonic: Callable[[], float],
     ) -> None:
         """Prepare; the client secret is read by :meth:`start`.
 
@@ -47,20 +50,23 @@ class Introspector:
             rules: What an active token must satisfy besides.
             timeout_s: How long the endpoint may take.
             environ: Where systemd tells the directory of credentials.
+            monotonic: A clock that never jumps, in seconds.
         """
         self._config = config
         self._session = session
         self._rules = rules
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
         self._environ = environ
+        self._monotonic = monotonic
         self._authorization: str | None = None
-        self._failing = False
+        self._failed_at: float | None = None
         self._flights: dict[bytes, asyncio.Task[dict[str, Any] | None]] = {}
 
     @property
     def ready(self) -> bool:
-        """Whether the client secret is at hand."""
-        return self._authorization is not None
+        """Whether the client secret is at hand, and the last question, if it was lately, was answered."""
+        lately = self._failed_at is not None and self._monotonic() - self._failed_at < _FAILING_S
+        return self._authorization is not None and not lately
 
     async def start(self) -> None:
         """Read the client secret.
@@ -117,9 +123,9 @@ class Introspector:
         except (*TRANSPORT_ERRORS, FetchError) as error:
             self._failed(reason_of(error))
             return None
-        if self._failing:
+        if self._failed_at is not None:
             _log.info("introspection available again", url=shown(self._config.url))
-        self._failing = False
+        self._failed_at = None
         return answer
 
     async def _post(self, token: str) -> dict[str, Any]:
@@ -140,9 +146,9 @@ class Introspector:
         return answer
 
     def _failed(self, reason: str) -> None:
-        if not self._failing:
+        if self._failed_at is None:
             _log.warning("introspection unavailable", url=shown(self._config.url), reason=reason)
-        self._failing = True
+        self._failed_at = self._monotonic()
 
 
 def _basic(client_id: str, secret: str) -> str:

@@ -41,7 +41,7 @@ class Health:
 
     async def ready(self) -> Problems:
         """What keeps it from taking orders and carrying them out."""
-        problems = dict(await self.alive())
+        problems = {**await self.alive(), **self._sources.desk.faults()}
         if not self._sources.hypervisor.available:
             problems["libvirt"] = "is not connected or does not answer"
         if not self._sources.keys.ready:

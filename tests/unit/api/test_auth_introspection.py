@@ -58,6 +58,10 @@ async def outcome(authenticator: Authenticator, header: str = TOKEN) -> Reason |
     return None
 
 
+def is_ready(authenticator: Authenticator) -> bool:
+    return authenticator.ready
+
+
 def answer(host: Any, **members: Any) -> None:
     host.answer = lambda: web.json_response(members)
 
@@ -191,14 +195,27 @@ async def test_an_outage_is_told_once_and_ends_by_itself(
     host.fail()
     for _ in range(3):
         assert await outcome(introspecting) is Reason.INTROSPECTION_UNAVAILABLE
+    assert not is_ready(introspecting)
     answer(host, active=True)
     assert await outcome(introspecting) is None
+    assert is_ready(introspecting)
     assert [entry["event"] for entry in logs] == [
         "introspection unavailable",
         "introspection available again",
     ]
     assert "s3:cr" not in str(logs)
     assert TOKEN.split()[1] not in str(logs)
+
+
+async def test_an_outage_that_nobody_has_met_for_long_is_no_longer_told_of(
+    introspecting: Authenticator, host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a load balancer sends nobody any more, nobody would ever find that it is over."""
+    host.fail()
+    assert await outcome(introspecting) is Reason.INTROSPECTION_UNAVAILABLE
+    assert not is_ready(introspecting)
+    monkeypatch.setattr("gpud.api.introspection._FAILING_S", 0)
+    assert is_ready(introspecting)
 
 
 async def test_a_token_is_asked_about_once_for_all_who_wait(

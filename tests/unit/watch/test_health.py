@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from gpud.watch.health import Health
+from tests.unit.service import config_from
 from tests.unit.watch.conftest import Watched
 
 
@@ -26,6 +27,19 @@ async def test_each_thing_that_keeps_it_from_selling_is_named(watched: Watched) 
     ready = await health.ready()
     assert ready.keys() == {"libvirt", "keys", "host"}
     assert ready["host"] == "/sys cannot be read"
+
+
+async def test_an_image_that_cannot_be_cloned_keeps_it_from_selling_and_a_drain_is_no_fault(
+    watched: Watched,
+) -> None:
+    service = watched.service
+    await service.store.drain(None, "maintenance")
+    assert service.desk.closed() != []
+    assert await Health(watched.sources).ready() == {}
+    service.desk.reconfigure(config_from(service.config.state_dir, guest={"image": "gone"}))
+    ready = await Health(watched.sources).ready()
+    assert ready.keys() == {"image"}
+    assert "the guest image cannot be used" in ready["image"]
 
 
 async def test_a_record_that_hangs_is_not_alive(watched: Watched) -> None:
