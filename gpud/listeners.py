@@ -9,6 +9,7 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 
@@ -17,11 +18,16 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from gpud import config
+from gpud.api.auth_token import MAX_HEADER_CHARS
+from gpud.api.gate import new_request_id
+from gpud.api.problem import problem
 from gpud.crowd import Crowd
 from gpud.errors import Code, GpudError
 from gpud.watch.health import Problems
 
 _BACKLOG = 128
+_FIELD_BYTES = 2 * MAX_HEADER_CHARS
+"""Of one header. What is longer cannot be read; a token that is too long is one that is refused."""
 
 _log = structlog.get_logger()
 
@@ -42,6 +48,29 @@ _http_log = logging.getLogger("gpud.http")
 _http_log.addFilter(_WithoutValues())
 
 
+class _Handler(web.RequestHandler):
+    """Answers also what cannot be read as everything else is answered, and without quoting it."""
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = HTTPStatus.INTERNAL_SERVER_ERROR,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Log the error and make the answer; aiohttp's own would repeat the header at fault."""
+        super().handle_error(request, status, exc, message)
+        if status == HTTPStatus.INTERNAL_SERVER_ERROR:
+            error = GpudError(Code.INTERNAL, "internal")
+        else:
+            error = GpudError(Code.INVALID_REQUEST, "the request is no HTTP that can be read")
+        request_id = new_request_id()
+        response = problem(error, request_id)
+        response.headers["X-Request-Id"] = request_id
+        response.force_close()
+        return response
+
+
 async def api(
     stack: AsyncExitStack, server: config.Server, tls: ssl.SSLContext | None, app: web.Application
 ) -> Crowd:
@@ -55,20 +84,23 @@ async def api(
     """
     crowd = Crowd(server, tls)
     app.middlewares.insert(0, crowd.watch)
-    runner = web.AppRunner(
-        app,
-        access_log=None,
-        logger=_http_log,
-        keepalive_timeout=server.keepalive_timeout_s,
-        shutdown_timeout=server.shutdown_timeout_s,
-    )
+    runner = web.AppRunner(app, shutdown_timeout=server.shutdown_timeout_s)
     await runner.setup()
     assert runner.server is not None  # noqa: S101 - it has just been set up
+    new_handler = partial(
+        _Handler,
+        runner.server,
+        loop=asyncio.get_running_loop(),
+        access_log=None,  # type: ignore[arg-type]  # as `AppRunner` passes it for none
+        logger=_http_log,
+        keepalive_timeout=server.keepalive_timeout_s,
+        max_field_size=_FIELD_BYTES,
+    )
     stack.push_async_callback(crowd.close)
     stack.push_async_callback(runner.cleanup)
     for listener in await _listen(server):
         stack.callback(crowd.dismiss, listener)
-        crowd.welcome(listener, runner.server)
+        crowd.welcome(listener, new_handler)
     return crowd
 
 

@@ -95,7 +95,7 @@ class Gate:
         """The one middleware."""
         began = time.perf_counter()
         asked_id = request.headers.get("X-Request-Id")
-        request_id = asked_id if asked_id and _REQUEST_ID.fullmatch(asked_id) else _new_id()
+        request_id = asked_id if asked_id and _REQUEST_ID.fullmatch(asked_id) else new_request_id()
         request[REQUEST_ID] = request_id
         route = _route(request)
         try:
@@ -247,6 +247,6 @@ def _route(request: web.Request) -> str:
     return resource.canonical if resource is not None else _UNROUTED
 
 
-def _new_id() -> str:
-    """It only has to be another one than those in the log around it."""
+def new_request_id() -> str:
+    """A name for a request that brings none: another one than those in the log around it."""
     return f"{random.getrandbits(64):016x}"

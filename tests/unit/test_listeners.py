@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import json
 import logging
 import socket
 import ssl
@@ -311,3 +312,42 @@ async def test_an_admin_socket_that_cannot_be_made_is_refused(tmp_path: Path, na
         with pytest.raises(GpudError, match="admin_socket") as refused:
             await listeners.admin(stack, tmp_path / name, application(hello))
     assert refused.value.code is Code.CONFIG_INVALID
+
+
+@pytest.mark.parametrize(
+    "request_head",
+    [
+        b"GET / HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer hunter2\0x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer " + b"hunter2" * 9000 + b"\r\n\r\n",
+        b"hunter2\r\n\r\n",
+    ],
+    ids=["a NUL", "too long", "no HTTP"],
+)
+async def test_what_cannot_be_read_is_answered_like_all_else_and_not_quoted(
+    server: config.Server, request_head: bytes
+) -> None:
+    async with AsyncExitStack() as stack:
+        await listeners.api(stack, server, None, application(hello))
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(request_head)
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+    assert head.startswith((b"HTTP/1.1 400 ", b"HTTP/1.0 400 "))
+    assert b"application/problem+json" in head
+    told = json.loads(body)
+    assert f"X-Request-Id: {told['request_id']}".encode() in head
+    assert told["code"] == "invalid_request"
+    assert b"hunter2" not in head + body
+
+
+async def test_a_token_of_sixteen_thousand_characters_is_read(
+    server: config.Server, session: aiohttp.ClientSession
+) -> None:
+    async def length(request: web.Request) -> web.Response:
+        return web.Response(text=str(len(request.headers["Authorization"])))
+
+    async with AsyncExitStack() as stack:
+        await listeners.api(stack, server, None, application(length))
+        headers = {"Authorization": "B" * 16_384}
+        async with session.get(f"http://127.0.0.1:{server.port}/", headers=headers) as response:
+            assert await response.text() == "16384"
