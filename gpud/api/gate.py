@@ -49,6 +49,8 @@ _LIMIT_OF: Final = {
 """Which of ``server.limits`` bounds a route's method."""
 
 _REFUSED: Final = "refused_tokens_per_minute"
+_LINES: Final = "lines"
+_LINES_PER_MINUTE: Final = 60
 _NOT_THE_TOKENS_FAULT: Final = frozenset({Code.MISSING_TOKEN, Code.AUTH_UNAVAILABLE})
 
 
@@ -209,11 +211,12 @@ class Gate:
     def _refuse(self, request: web.Request, error: GpudError) -> web.StreamResponse:
         if isinstance(error, AuthError):
             self._metrics.token_failures.labels(error.reason.value).inc()
-        _log.info(
-            "request refused", request_id=request[REQUEST_ID], method=request.method,
-            route=_route(request), code=error.code.value, problems=[p.where for p in error.problems],
-            **self._client(request),
-        )  # fmt: skip
+        if self._worth_a_line(request, error):
+            _log.info(
+                "request refused", request_id=request[REQUEST_ID], method=request.method,
+                route=_route(request), code=error.code.value,
+                problems=[p.where for p in error.problems], **self._client(request),
+            )  # fmt: skip
         if error.http_status == _SERVER_ERROR:
             _log.error("request failed", request_id=request[REQUEST_ID], error=str(error))
         response = problem(error, request[REQUEST_ID])
@@ -221,6 +224,12 @@ class Gate:
             # What is left of the body is not worth reading.
             response.force_close()
         return response
+
+    def _worth_a_line(self, request: web.Request, error: GpudError) -> bool:
+        """Whether a refusal is logged: of callers nobody knows, only so many, or they fill the log."""
+        known = not isinstance(error, AuthError) and request.match_info.http_exception is None
+        key = (_LINES, origin_of(request, self._server).site)
+        return known or self._rates.take(key, _LINES_PER_MINUTE) == 0
 
     def _account(self, request: web.Request, route: str, status: int, seconds: float) -> None:
         if status >= _SERVER_ERROR and _COUNTED in request:

@@ -149,3 +149,19 @@ async def test_the_log_names_the_client_and_not_the_proxy(client: Client) -> Non
         ("request refused", "203.0.113.9", "https"),
         ("request refused", "203.0.113.9", "https"),
     ]
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "/v1/gpu/available"])
+async def test_who_is_nobody_fills_no_log(client: Client, path: str) -> None:
+    with capture_logs() as logs:
+        for _ in range(70):
+            await client.ask("GET", path, token=None)
+    assert len([line for line in logs if line["event"] == "request refused"]) == 60
+
+
+async def test_what_is_refused_to_a_caller_is_always_told(client: Client) -> None:
+    with capture_logs() as logs:
+        for _ in range(61):
+            await client.ask("GET", "/nowhere", token=None)
+        await client.post(b"{")
+    assert logs[-1]["code"] == "invalid_json"
