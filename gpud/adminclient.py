@@ -159,7 +159,7 @@ async def _asked(
     except aiohttp.ServerTimeoutError as error:
         raise GpudError(
             Code.STATE_UNUSABLE,
-            f"the daemon listens on {socket}, and has not answered for {answer_s:g} s",
+            f"the daemon on {socket} does not answer in time",
             hint="`journalctl -u gpud` tells what it does; `systemctl restart gpud` ends no guest",
         ) from error
     except aiohttp.ClientError as error:

@@ -263,10 +263,9 @@ class Store(CardRecord):
                 loop.call_soon(listener, instance)  # so that none takes the news from the others
 
     def _empty_log(self) -> None:
-        why = statefile.empty_log(self._connection)
-        self._log_to_empty = why is not None
-        if why:
-            _log.warning("state log not emptied; the next change does it", why=why)
+        self._log_to_empty = False
+        if why := statefile.empty_log(self._connection):
+            _log.warning("state log not emptied; the next end of an instance does it", why=why)
 
     def _load(self) -> None:
         self._empty_log()  # a crash may have come between the end of an instance and this

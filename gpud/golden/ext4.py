@@ -94,9 +94,7 @@ class Ext4:
                 directory = headings[line]
             elif listing := _LISTED.fullmatch(line):
                 found[directory] += _entries(directory, listing)
-            elif (
-                line
-            ):  # a name with a line break; skipped, it would be left behind and passed for fit
+            elif line:  # a name with a line break or a slash: skipped, a seal would leave it behind
                 raise GpudError(
                     Code.IMAGE_INVALID,
                     f"it holds a name in {directory!r} that cannot be made out: {line[:80]!r}",

@@ -24,9 +24,8 @@ from weakref import WeakValueDictionary
 T = TypeVar("T")
 
 _Inbox = SimpleQueue[tuple[Future[Any], Callable[[], Any]]]
-_IDLE_S: Final = (
-    1.0  # an order's calls follow each other at once, and then for minutes there are none
-)
+_IDLE_S: Final = 1.0
+"""An order's calls follow each other at once; then for minutes there are none."""
 
 
 class Calls:
