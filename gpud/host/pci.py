@@ -40,7 +40,8 @@ _HEADER_TYPE_MASK: Final = 0x7F  # the top bit says that the slot has more funct
 _BRIDGE_HEADER: Final = 1
 
 _PAGE_BYTES: Final = 4096
-_OUR_OWN_WANT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+OUR_OWN_WANT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""Errors that tell of this process and its host's load, and nothing of the file that was to be read."""
 
 _BAR_COUNT: Final = 6
 """Lines of ``resource`` that are BARs; the ROM, virtual functions and bridge windows follow."""
@@ -255,7 +256,7 @@ def _text(file: str) -> str:
 
 def _nothing(error: OSError) -> str:
     """What is read of a file that is not there, or does not tell; our own want says nothing of it."""
-    if error.errno in _OUR_OWN_WANT:
+    if error.errno in OUR_OWN_WANT:
         raise error
     return ""
 

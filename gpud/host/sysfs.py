@@ -16,6 +16,7 @@ from typing import Final
 
 from gpud.errors import Code, GpudError
 from gpud.host.kernelfiles import InChildren, KernelFiles
+from gpud.host.pci import OUR_OWN_WANT
 from gpud.model import PciAddress
 
 DEVICES: Final = Path("bus/pci/devices")
@@ -63,10 +64,16 @@ class Sysfs:
 
         For attributes the kernel answers from memory. Not so ``config``, which waits while a function
         is being reset, and ``driver_override``, which waits while a driver is being unbound.
+
+        Raises:
+            SysfsError: This process has no file descriptor or no memory left to look. Transient.
         """
         try:
             return (self.root / path).read_text(encoding="ascii", errors="replace").strip()
-        except OSError:
+        except OSError as error:
+            if error.errno in OUR_OWN_WANT:
+                why = os.strerror(error.errno)
+                raise SysfsError(f"{path} cannot be read", why, None, transient=True) from error
             return None
 
     def exists(self, path: Path) -> bool:

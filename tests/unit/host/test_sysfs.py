@@ -233,3 +233,20 @@ def test_links_name_driver_and_group(sysfs: Sysfs, tmp_path: Path) -> None:
     (tmp_path / attribute(GPU, "iommu_group")).symlink_to("../../../kernel/iommu_groups/12")
     assert sysfs.driver(GPU) == "nvidia"
     assert sysfs.iommu_group(GPU) == 12
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_who_cannot_look_does_not_say_that_a_file_is_not_there(
+    sysfs: Sysfs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def exhausted(*_arguments: object, **_options: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / FILE).write_text("there\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", exhausted)
+        with pytest.raises(SysfsError, match="file cannot be read") as told:
+            sysfs.text(FILE)
+    assert told.value.transient
+    assert sysfs.text(FILE) == "there"
+    assert sysfs.text(Path("none")) is None
