@@ -59,7 +59,8 @@ async def test_prometheus_scrapes_what_happened_and_raises_what_is_wrong(state_d
 
         await prometheus.until("gpud_libvirt_up", 1)
         assert await health(server, "healthz") == (200, {"problems": {}})
-        assert await health(server, "readyz") == (200, {"problems": {}})
+        status, told = await health(server, "readyz")
+        assert (status, list(told["problems"])) == (503, ["image"])  # it has none
         assert await prometheus.value(f'gpud_build_info{{version="{__version__}"}}') == 1
         await prometheus.until('gpud_gpus{gpu_type="h100_sxm", state="available"}', 2)
         await prometheus.until("gpud_guest_image_usable", 0)
@@ -126,7 +127,7 @@ async def test_a_gpud_without_libvirt_says_so(state_dir: Path) -> None:
     async with watched(server) as prometheus:
         await prometheus.until("gpud_libvirt_up", 0)
         status, told = await health(server, "readyz")
-        assert (status, list(told["problems"])) == (503, ["libvirt"])
+        assert (status, list(told["problems"])) == (503, ["libvirt", "image"])
         assert (await health(server, "healthz"))[0] == 200
 
 

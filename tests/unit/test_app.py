@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import stat
@@ -76,7 +77,7 @@ async def test_all_doors_open_and_close(tmp_path: Path) -> None:
             watch = f"http://127.0.0.1:{config.metrics.port}"
             assert await get(f"{watch}/healthz") == (200, '{"problems": {}}')
             async with asyncio.timeout(10):
-                while await get(f"{watch}/readyz") != (200, '{"problems": {}}'):
+                while json.loads((await get(f"{watch}/readyz"))[1])["problems"].keys() != {"image"}:
                     await asyncio.sleep(0.005)
             listed = await asyncio.to_thread(
                 adminclient.get, config.admin_socket_path, "/instances"
