@@ -734,3 +734,15 @@ async def any_moves(store: Store, moves: list[tuple[Step, Status | None, str]]) 
         assert after.step in {before.step, *LEGAL_STEPS[before.step]}
         if before.delete_requested_at is not None:
             assert after.status in {Status.STOPPING, Status.TERMINATED}
+
+
+async def test_only_the_first_end_of_a_script_in_a_boot_is_recorded(store: Store) -> None:
+    """A guest could go on telling another one, and each would be a write to the disk."""
+    instance = await admit(store)
+    await store.guest_booted(instance.upstream_id, "boot-1")
+    assert await store.script_exited(instance.upstream_id, 7)
+    assert not await store.script_exited(instance.upstream_id, 0)
+    assert store.live[instance.upstream_id].script_exit_code == 7
+    await store.guest_booted(instance.upstream_id, "boot-2")
+    assert await store.script_exited(instance.upstream_id, 0)
+    assert store.live[instance.upstream_id].script_exit_code == 0
