@@ -65,13 +65,15 @@ def parse_config(text: str, name: str = "config") -> Config:
     try:
         loader = _Loader(text)
         data = loader.get_single_data()
+        if data is None:
+            data = {}
         # Dates and the like become text; what refers to itself, or has a date for a key, is refused.
-        document = json.dumps({} if data is None else data, default=str)
+        document = json.dumps(data, default=str)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise GpudError(Code.CONFIG_INVALID, f"{name} is not YAML: {error}") from error
     problems = list(loader.problems)
     config: Config | None = None
-    if data is None or isinstance(data, dict):
+    if isinstance(data, dict):
         try:
             # Strict JSON mode: text becomes a path, an address or an enum, but never a number.
             config = Config.model_validate_json(document)

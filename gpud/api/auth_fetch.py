@@ -1,11 +1,14 @@
-"""What the two clients of the token's issuer share: a bounded read of its answer."""
+"""What the clients of the token's issuer share: a bounded answer, and one question for all who ask."""
 
 from __future__ import annotations
 
-from typing import Final
+import asyncio
+from typing import Final, TypeVar
 
 import aiohttp
 from yarl import URL
+
+T = TypeVar("T")
 
 _CHUNK_BYTES: Final = 65536
 
@@ -15,6 +18,16 @@ TRANSPORT_ERRORS: Final = (aiohttp.ClientError, TimeoutError, OSError, ValueErro
 
 class FetchError(Exception):
     """The answer came, but is not one to work with; the text says why."""
+
+
+async def joined(flight: asyncio.Task[T]) -> T | None:
+    """What comes of a question that others wait for too: who goes away does not end it for them.
+
+    None where it was ended itself, as its client's ``close`` does: a reload may have put another in its
+    place, which is no reason to end who waits.
+    """
+    await asyncio.wait([flight])
+    return None if flight.cancelled() else flight.result()
 
 
 async def read_body(response: aiohttp.ClientResponse, limit_bytes: int) -> bytes:

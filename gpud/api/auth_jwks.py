@@ -11,7 +11,7 @@ import aiohttp
 from structlog import get_logger
 from yarl import URL
 
-from gpud.api.auth_fetch import TRANSPORT_ERRORS, FetchError, read_body, reason_of, shown
+from gpud.api.auth_fetch import TRANSPORT_ERRORS, FetchError, joined, read_body, reason_of, shown
 from gpud.api.keys import MAX_KEY_DOCUMENT_BYTES, Jwks, KeySet, UnusableKeyError, read_jwks
 from gpud.config import Auth
 
@@ -103,11 +103,8 @@ class JwksUrl:
         await self._fetch_once()
 
     async def _fetch_once(self) -> None:
-        """Fetch, or join the fetch under way; a caller who goes away does not end it for others."""
-        flight = self._begin()
-        await asyncio.wait([flight])
-        if not flight.cancelled():  # as :meth:`close` does
-            flight.result()
+        """Fetch, or join the fetch under way."""
+        await joined(self._begin())
 
     def _begin(self) -> asyncio.Task[None]:
         if self._flight is None:

@@ -227,9 +227,10 @@ class Gate:
 
     def _worth_a_line(self, request: web.Request, error: GpudError) -> bool:
         """Whether a refusal is logged: of callers nobody knows, only so many, or they fill the log."""
-        known = not isinstance(error, AuthError) and request.match_info.http_exception is None
+        if not isinstance(error, AuthError) and request.match_info.http_exception is None:
+            return True
         key = (_LINES, origin_of(request, self._server).site)
-        return known or self._rates.take(key, _LINES_PER_MINUTE) == 0
+        return self._rates.take(key, _LINES_PER_MINUTE) == 0
 
     def _account(self, request: web.Request, route: str, status: int, seconds: float) -> None:
         if status >= _SERVER_ERROR and _COUNTED in request:

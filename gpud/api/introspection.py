@@ -14,7 +14,7 @@ from structlog import get_logger
 
 from gpud.api.auth_claims import ClaimRules
 from gpud.api.auth_error import AuthError, Reason
-from gpud.api.auth_fetch import TRANSPORT_ERRORS, FetchError, read_body, reason_of, shown
+from gpud.api.auth_fetch import TRANSPORT_ERRORS, FetchError, joined, read_body, reason_of, shown
 from gpud.api.auth_memory import Verdict
 from gpud.api.auth_token import json_object
 from gpud.config import Introspection
@@ -113,9 +113,7 @@ class Introspector:
             flight = asyncio.create_task(self._ask(token), name="introspection")
             self._flights[name] = flight
             flight.add_done_callback(lambda _: self._flights.pop(name))
-        await asyncio.wait([flight])
-        # A reload may have put another judge in this one's place, and closed this one.
-        return None if flight.cancelled() else flight.result()
+        return await joined(flight)
 
     async def _ask(self, token: str) -> dict[str, Any] | None:
         try:

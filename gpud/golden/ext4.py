@@ -93,7 +93,8 @@ class Ext4:
             if line in headings:
                 directory = headings[line]
             elif listing := _LISTED.fullmatch(line):
-                found[directory] += _entries(directory, listing)
+                if listing[2] not in {".", ".."}:
+                    found[directory].append(_entry(directory, listing))
             elif line:  # a name with a line break or a slash: skipped, a seal would leave it behind
                 raise GpudError(
                     Code.IMAGE_INVALID,
@@ -186,12 +187,10 @@ class Ext4:
             )
 
 
-def _entries(directory: str, listing: re.Match[str]) -> list[Entry]:
+def _entry(directory: str, listing: re.Match[str]) -> Entry:
     mode, name, size_bytes = listing.groups()
-    if name in {".", ".."}:
-        return []
     path = f"{directory.rstrip('/')}/{name}"
-    return [Entry(path, _KINDS.get(mode[:2], "other"), int(size_bytes or 0))]
+    return Entry(path, _KINDS.get(mode[:2], "other"), int(size_bytes or 0))
 
 
 def _line(request: str) -> bytes:

@@ -215,26 +215,25 @@ def _function(link: Path) -> PciFunction | None:
         address = PciAddress.parse(link.name)
     except ValueError:
         return None
-    directory = str(link)
-    attribute = f"{directory}/".__add__
-    d3cold_allowed = _number(attribute("d3cold_allowed"))
-    numa_node = _number(attribute("numa_node"))
+    at = f"{link}/"
+    d3cold_allowed = _number(at + "d3cold_allowed")
+    numa_node = _number(at + "numa_node")
     function = PciFunction(
         address=address,
-        vendor=_number(attribute("vendor")) or 0,
-        device=_number(attribute("device")) or 0,
-        subsystem_vendor=_number(attribute("subsystem_vendor")) or 0,
-        subsystem_device=_number(attribute("subsystem_device")) or 0,
-        class_code=_number(attribute("class")) or 0,
-        revision=_number(attribute("revision")) or 0,
-        driver=_target_name(attribute("driver")),
-        iommu_group=_iommu_group(attribute("iommu_group")),
+        vendor=_number(at + "vendor") or 0,
+        device=_number(at + "device") or 0,
+        subsystem_vendor=_number(at + "subsystem_vendor") or 0,
+        subsystem_device=_number(at + "subsystem_device") or 0,
+        class_code=_number(at + "class") or 0,
+        revision=_number(at + "revision") or 0,
+        driver=_target_name(at + "driver"),
+        iommu_group=_iommu_group(at + "iommu_group"),
         numa_node=None if numa_node is None or numa_node < 0 else numa_node,
-        bars=_bars(attribute("resource")),
-        reset_methods=tuple(_text(attribute("reset_method")).split()),
-        power_state=_text(attribute("power_state")) or "unknown",
+        bars=_bars(at + "resource"),
+        reset_methods=tuple(_text(at + "reset_method").split()),
+        power_state=_text(at + "power_state") or "unknown",
         d3cold_allowed=None if d3cold_allowed is None else d3cold_allowed != 0,
-        upstream=_upstream(directory),
+        upstream=_upstream(str(link)),
     )
     # Asked last: whatever was read of a function that is gone by now is not to be trusted.
     return function if link.exists() else None
@@ -244,14 +243,12 @@ def _text(file: str) -> str:
     """What a file says. A host has thousands of them, and pathlib would cost more than the kernel."""
     try:
         opened = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.read(opened, _PAGE_BYTES).decode("ascii", "replace").strip()
+        finally:
+            os.close(opened)
     except OSError as error:
         return _nothing(error)
-    try:
-        return os.read(opened, _PAGE_BYTES).decode("ascii", "replace").strip()
-    except OSError as error:
-        return _nothing(error)
-    finally:
-        os.close(opened)
 
 
 def _nothing(error: OSError) -> str:

@@ -42,10 +42,10 @@ class Health:
     async def ready(self) -> Problems:
         """What keeps it from taking orders and carrying them out."""
         problems = {**await self.alive(), **self._sources.desk.faults()}
-        if not self._sources.hypervisor.available:
-            problems["libvirt"] = "is not connected or does not answer"
         if not self._sources.keys.ready:
-            problems["keys"] = "that tokens are checked with are not loaded yet"
+            problems["keys"] = (
+                "tokens cannot be judged: there are no keys yet, or the issuer gives no answers"
+            )
         if (unreadable := self._sources.inventory.problem) is not None:
             problems["host"] = unreadable
         return problems

@@ -19,7 +19,7 @@ async def test_all_well(watched: Watched) -> None:
 
 
 async def test_each_thing_that_keeps_it_from_selling_is_named(watched: Watched) -> None:
-    watched.libvirt.available = False
+    watched.service.hypervisor.up = False
     watched.keys.ready = False
     watched.service.inventory.problem = "/sys cannot be read"
     health = Health(watched.sources)
