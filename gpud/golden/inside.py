@@ -217,7 +217,9 @@ async def _datasources(root: Ext4) -> tuple[str, ...] | None:
     said = None
     for path in (_CLOUD_CONFIG, *sorted(one.path for one in parts)):
         try:
-            section: Any = yaml.safe_load(await _text(root, path))
+            # All of it as text: an image may hold a date that is none, which no other loader takes.
+            text = await _text(root, path)
+            section: Any = yaml.load(text, yaml.CBaseLoader)  # noqa: S506 - makes nothing but text
         except yaml.YAMLError:  # cloud-init warns, and goes on without the file
             continue
         if isinstance(section, dict) and isinstance(section.get("datasource_list"), list):

@@ -108,7 +108,7 @@ class TestCheck:
             without(
                 **{
                     "etc/cloud/cloud.cfg.d/10_one.cfg": "datasource_list: [Ec2]",
-                    "etc/cloud/cloud.cfg.d/20_two.cfg": "datasource_list: [NoCloud]",
+                    "etc/cloud/cloud.cfg.d/20_two.cfg": "datasource_list: [NoCloud]\nsince: 2024-13-45",
                     "etc/cloud/cloud.cfg.d/30_three.cfg": "datasource_list: [",
                     "etc/cloud/cloud.cfg.d/40_four.cfg": "- no mapping",
                     "etc/cloud/cloud.cfg.d/50_five.cfg": "datasource_list: text",
