@@ -208,9 +208,12 @@ async def running_issuer(
     audience: str,
     host: str = "127.0.0.1",
     port: int = 0,
+    key_maker: Callable[[], rsa.RSAPrivateKey] = new_key,
 ) -> AsyncIterator[Issuer]:
     """Run an issuer for as long as the block lasts; port 0 takes a free one."""
-    issuer = Issuer(client_id=client_id, client_secret=client_secret, audience=audience)
+    issuer = Issuer(
+        client_id=client_id, client_secret=client_secret, audience=audience, key_maker=key_maker
+    )
     runner = web.AppRunner(issuer.application())
     await runner.setup()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import os
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -14,12 +15,16 @@ from typing import Any
 import pytest
 import pytest_socket
 import structlog
+from cryptography.hazmat.primitives.asymmetric import rsa
 from hypothesis import settings
 
+from gpud.dev.issuer import new_key
 from gpud.host.nvml import Nvml
 from gpud.store import Store
 from tests.fake_nvml import library
+from tests.unit.fakes import recorded_host
 from tests.unit.fakes.orders import Clock, quick_directory
+from tests.unit.fakes.recorded_host import RecordedHost
 
 # A busy machine makes an example slow, not wrong.
 settings.register_profile("gpud", deadline=None, max_examples=40)
@@ -100,6 +105,30 @@ def logging_as_it_was() -> Iterator[None]:
 def nvml_library() -> Path:
     """The directory of a ``libnvidia-ml.so.1`` that says what a text file says."""
     return library.build()
+
+
+KeyMaker = Callable[[], rsa.RSAPrivateKey]
+
+
+@pytest.fixture(scope="session")
+def signing_keys() -> list[rsa.RSAPrivateKey]:
+    return [new_key() for _ in range(3)]
+
+
+@pytest.fixture
+def key_maker(signing_keys: list[rsa.RSAPrivateKey]) -> KeyMaker:
+    """Makes signing keys of few, since each takes a tenth of a second."""
+    pool = itertools.cycle(signing_keys)
+    return lambda: next(pool)
+
+
+Recorded = Callable[[str], RecordedHost]
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    """Unfolds each recorded server once, for tests that change nothing of it."""
+    return functools.cache(lambda name: recorded_host.unfold(name, tmp_path_factory.mktemp(name)))
 
 
 NvmlOn = Callable[..., Nvml]

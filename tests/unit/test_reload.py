@@ -34,6 +34,7 @@ from gpud.reload import Reload
 from gpud.statefile import claim
 from tests.machine.processes import free_port
 from tests.unit.certificates import Tls
+from tests.unit.conftest import KeyMaker
 from tests.unit.service import make_qcow2
 
 pytestmark = pytest.mark.real_command("head", "qemu-img")
@@ -128,8 +129,10 @@ OpenServer = Callable[..., Any]
 
 
 @pytest.fixture
-async def issuer() -> AsyncIterator[Issuer]:
-    async with running_issuer(client_id="c", client_secret="s", audience="gpud") as issuer:
+async def issuer(key_maker: KeyMaker) -> AsyncIterator[Issuer]:
+    async with running_issuer(
+        client_id="c", client_secret="s", audience="gpud", key_maker=key_maker
+    ) as issuer:
         yield issuer
 
 

@@ -23,15 +23,14 @@ from tests.unit.api.conftest import (
     host,
     images,
     issuer,
-    key_maker,
     monotonic,
     open_client,
     service,
     session,
     settings,
-    signing_keys,
 )
 from tests.unit.client import Client
+from tests.unit.conftest import key_maker, signing_keys
 from tests.unit.service import Clock, Service
 
 __all__ = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
@@ -14,7 +13,6 @@ import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from cryptography.hazmat.primitives.asymmetric import rsa
 from structlog.testing import capture_logs
 
 from gpud.api.auth import Authenticator
@@ -22,7 +20,7 @@ from gpud.api.gate import Gate
 from gpud.api.routes import Routes
 from gpud.api.web import build_app
 from gpud.config import Auth
-from gpud.dev.issuer import JWKS_PATH, Issuer, new_key
+from gpud.dev.issuer import JWKS_PATH, Issuer
 from gpud.guest.image import ImageStore
 from tests.unit.client import Client, OpenClient
 from tests.unit.service import NOW, Clock, Service, config_from, images, running_service
@@ -68,17 +66,6 @@ class IssuerHost:
             return self.answer()
         response: web.StreamResponse = await handler(request)
         return response
-
-
-@pytest.fixture(scope="session")
-def signing_keys() -> list[rsa.RSAPrivateKey]:
-    return [new_key() for _ in range(3)]
-
-
-@pytest.fixture
-def key_maker(signing_keys: list[rsa.RSAPrivateKey]) -> Callable[[], rsa.RSAPrivateKey]:
-    pool = itertools.cycle(signing_keys)
-    return lambda: next(pool)
 
 
 @pytest.fixture

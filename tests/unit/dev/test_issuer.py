@@ -12,14 +12,17 @@ import pytest
 from structlog.testing import capture_logs
 
 from gpud.dev.issuer import JWKS_PATH, TOKEN_PATH, Issuer, running_issuer, serve
+from tests.unit.conftest import KeyMaker
 
 CLIENT, SECRET = "gpu ai", "s3:cr+t %"
 GRANT = {"grant_type": "client_credentials"}
 
 
 @pytest.fixture
-async def issuer() -> AsyncIterator[Issuer]:
-    async with running_issuer(client_id=CLIENT, client_secret=SECRET, audience="me") as issuer:
+async def issuer(key_maker: KeyMaker) -> AsyncIterator[Issuer]:
+    async with running_issuer(
+        client_id=CLIENT, client_secret=SECRET, audience="me", key_maker=key_maker
+    ) as issuer:
         yield issuer
 
 

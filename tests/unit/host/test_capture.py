@@ -11,6 +11,7 @@ from gpud.host.capture import HOST_FILE, NVML_FILE, capture
 from gpud.host.nvml import HolderProcess, Nvml, NvmlGpu, NvmlReport
 from gpud.model import PciAddress
 from tests.fake_nvml.library import build
+from tests.unit.conftest import Recorded
 from tests.unit.fakes import recorded_host
 
 H100 = PciAddress.parse("0000:18:00.0")
@@ -30,8 +31,8 @@ def replay(files: dict[str, str], directory: Path) -> recorded_host.RecordedHost
 
 
 @pytest.mark.parametrize("name", recorded_host.names())
-def test_a_replayed_capture_is_the_same_host(name: str, tmp_path: Path) -> None:
-    host = recorded_host.unfold(name, tmp_path / "first")
+def test_a_replayed_capture_is_the_same_host(name: str, tmp_path: Path, recorded: Recorded) -> None:
+    host = recorded(name)
 
     files = capture(host.sysfs, host.proc, NvmlReport())
     again = replay(files, tmp_path / "second")
@@ -223,9 +224,9 @@ SWITCHED = NvmlGpu(
     ("name", "gpus"), [("a100-pcie-x4", (SICK, LOST)), ("hgx-h100-x8", (SWITCHED,))]
 )
 async def test_replayed_nvml_says_the_same(
-    name: str, gpus: tuple[NvmlGpu, ...], tmp_path: Path
+    name: str, gpus: tuple[NvmlGpu, ...], tmp_path: Path, recorded: Recorded
 ) -> None:
-    host = recorded_host.unfold(name, tmp_path / "first")
+    host = recorded(name)
     report = NvmlReport(gpus, "550.90.07")
 
     again = replay(capture(host.sysfs, host.proc, report), tmp_path / "second")

@@ -13,6 +13,7 @@ from gpud.host import livebus, pci
 from gpud.host.pci import PciFunction, PciTree
 from gpud.host.sysfs import Sysfs
 from gpud.model import PciAddress
+from tests.unit.conftest import Recorded
 from tests.unit.fakes import recorded_host
 from tests.unit.fakes.kernel import FakeKernel
 from tests.unit.fakes.recorded_host import RecordedHost
@@ -43,8 +44,8 @@ def silent(tree: PciTree) -> list[str]:
 
 @children
 @pytest.mark.parametrize("name", recorded_host.names())
-async def test_every_function_of_a_healthy_host_answers(name: str, tmp_path: Path) -> None:
-    host = recorded_host.unfold(name, tmp_path)
+async def test_every_function_of_a_healthy_host_answers(name: str, recorded: Recorded) -> None:
+    host = recorded(name)
 
     tree = await read(host)
 

@@ -15,6 +15,7 @@ from gpud.host.nvml import Nvml, NvmlReport
 from gpud.host.pci import PciFunction, PciTree
 from gpud.model import GPU_TYPES, PciAddress
 from tests.fake_nvml.library import build
+from tests.unit.conftest import Recorded
 from tests.unit.fakes import recorded_host
 from tests.unit.fakes.recorded_host import RecordedHost
 
@@ -30,18 +31,16 @@ SAFE = IommuFacts(
 )
 
 
-@pytest.fixture(scope="module", params=recorded_host.names())
-def any_host(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> RecordedHost:
-    return recorded_host.unfold(request.param, tmp_path_factory.mktemp("host"))
+@pytest.fixture(params=recorded_host.names())
+def any_host(request: pytest.FixtureRequest, recorded: Recorded) -> RecordedHost:
+    return recorded(request.param)
 
 
 class Host:
     """A recorded server and short ways to ask about it."""
 
-    def __init__(self, name: str, root: Path) -> None:
-        self.unfolded = recorded_host.unfold(name, root)
+    def __init__(self, unfolded: RecordedHost) -> None:
+        self.unfolded = unfolded
         self.tree: PciTree = pci.read(self.unfolded.sysfs)
         self.facts = iommu.facts(self.unfolded.sysfs, self.unfolded.proc)
 
@@ -89,8 +88,8 @@ def shorts(functions: Iterator[PciFunction]) -> list[str]:
 # ---- one by one
 
 
-def test_hgx_h100(tmp_path: Path) -> None:
-    host = Host("hgx-h100-x8", tmp_path)
+def test_hgx_h100(recorded: Recorded) -> None:
+    host = Host(recorded("hgx-h100-x8"))
 
     assert host.facts == SAFE
     assert host.gpus() == slots("18", "2a", "3a", "5d", "9a", "ab", "ba", "db")
@@ -112,8 +111,8 @@ def test_hgx_h100(tmp_path: Path) -> None:
     assert not host.at("02:00.0").is_nvidia
 
 
-def test_hgx_h100_on_vfio_since_boot(tmp_path: Path) -> None:
-    host = Host("hgx-h100-vfio", tmp_path)
+def test_hgx_h100_on_vfio_since_boot(recorded: Recorded) -> None:
+    host = Host(recorded("hgx-h100-vfio"))
 
     assert host.facts == SAFE
     assert host.unfolded.nvml is None
@@ -128,8 +127,8 @@ def test_hgx_h100_on_vfio_since_boot(tmp_path: Path) -> None:
         assert host.at(taken).d3cold_allowed is False
 
 
-def test_a100_pcie(tmp_path: Path) -> None:
-    host = Host("a100-pcie-x4", tmp_path)
+def test_a100_pcie(recorded: Recorded) -> None:
+    host = Host(recorded("a100-pcie-x4"))
 
     assert host.facts == SAFE
     assert host.gpus() == ["17:00.0", "31:00.0", "b1:00.0", "ca:00.0"]
@@ -141,8 +140,8 @@ def test_a100_pcie(tmp_path: Path) -> None:
     assert host.switches() == []
 
 
-def test_rtx_4090s(tmp_path: Path) -> None:
-    host = Host("rtx4090-x8", tmp_path)
+def test_rtx_4090s(recorded: Recorded) -> None:
+    host = Host(recorded("rtx4090-x8"))
 
     assert host.facts == SAFE
     assert host.gpus() == slots("16", "36", "46", "56", "98", "b8", "c8", "d8")
@@ -156,8 +155,8 @@ def test_rtx_4090s(tmp_path: Path) -> None:
         assert host.at(gpu[:-1] + "1").reset_methods == ()
 
 
-def test_rtx_3090(tmp_path: Path) -> None:
-    host = Host("rtx3090", tmp_path)
+def test_rtx_3090(recorded: Recorded) -> None:
+    host = Host(recorded("rtx3090"))
 
     assert host.facts == SAFE
     assert host.gpus() == ["01:00.0"]
@@ -167,8 +166,8 @@ def test_rtx_3090(tmp_path: Path) -> None:
     assert host.endpoints(6) == ["00:14.0", "00:14.2"]
 
 
-def test_rtx_3090_among_the_boards_own_devices(tmp_path: Path) -> None:
-    host = Host("rtx3090-shared", tmp_path)
+def test_rtx_3090_among_the_boards_own_devices(recorded: Recorded) -> None:
+    host = Host(recorded("rtx3090-shared"))
 
     assert host.facts == SAFE
     assert host.gpus() == ["04:00.0"]
@@ -184,8 +183,8 @@ def test_rtx_3090_among_the_boards_own_devices(tmp_path: Path) -> None:
     assert host.upstream("04:00.0") == ["00:01.2", "02:00.2", "03:00.0"]
 
 
-def test_rtx_3090s_without_an_iommu(tmp_path: Path) -> None:
-    host = Host("rtx3090-x2-no-iommu", tmp_path)
+def test_rtx_3090s_without_an_iommu(recorded: Recorded) -> None:
+    host = Host(recorded("rtx3090-x2-no-iommu"))
 
     assert host.facts == IommuFacts(
         present=False,
@@ -197,8 +196,8 @@ def test_rtx_3090s_without_an_iommu(tmp_path: Path) -> None:
     assert {one.iommu_group for one in host.tree.functions.values()} == {None}
 
 
-def test_l40s_half_of_them_on_vfio(tmp_path: Path) -> None:
-    host = Host("l40s-x2-mixed", tmp_path)
+def test_l40s_half_of_them_on_vfio(recorded: Recorded) -> None:
+    host = Host(recorded("l40s-x2-mixed"))
 
     assert host.facts == SAFE
     assert host.gpus() == ["61:00.0", "e1:00.0"]
@@ -207,8 +206,8 @@ def test_l40s_half_of_them_on_vfio(tmp_path: Path) -> None:
     assert host.bar_bytes("61:00.0") == 64 * GIB + 48 * MIB
 
 
-def test_rtx_2080_ti_with_usb_and_ucsi_beside_another_card(tmp_path: Path) -> None:
-    host = Host("rtx2080ti-shared", tmp_path)
+def test_rtx_2080_ti_with_usb_and_ucsi_beside_another_card(recorded: Recorded) -> None:
+    host = Host(recorded("rtx2080ti-shared"))
 
     assert host.gpus() == ["01:00.0", "02:00.0"]
     assert host.endpoints(1) == [f"0{bus}:00.{function}" for bus in (1, 2) for function in range(4)]
@@ -261,8 +260,8 @@ async def nvml_report(text: Path) -> NvmlReport:
 
 @pytest.mark.real_command("gcc", Path(sys.executable).name)
 @pytest.mark.parametrize("name", WITH_NVML)
-async def test_nvml_and_pci_speak_of_the_same_cards(name: str, tmp_path: Path) -> None:
-    host = recorded_host.unfold(name, tmp_path)
+async def test_nvml_and_pci_speak_of_the_same_cards(name: str, recorded: Recorded) -> None:
+    host = recorded(name)
     assert host.nvml is not None
     tree = pci.read(host.sysfs)
 

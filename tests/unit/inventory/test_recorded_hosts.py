@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Awaitable, Callable, Iterator
-from functools import cache, partial
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +15,8 @@ from gpud.host.nvml import Nvml
 from gpud.host.sysfs import Sysfs
 from gpud.inventory import CardState, Inventory, Why
 from gpud.store import Store
+from tests.unit.conftest import Recorded
 from tests.unit.fakes import recorded_host
-from tests.unit.fakes.orders import quick_directory
-from tests.unit.fakes.recorded_host import RecordedHost
 from tests.unit.inventory.conftest import CONFIG
 
 pytestmark = pytest.mark.real_command("gcc", "head", Path(sys.executable).name)
@@ -43,20 +42,12 @@ class Replay:
 
 
 Look = Callable[..., Awaitable[Replay]]
-Unfold = Callable[[str], RecordedHost]
-
-
-@pytest.fixture(scope="module")
-def unfold() -> Iterator[Unfold]:
-    """Unfolds each server once; nothing here changes them."""
-    with quick_directory() as root:
-        yield cache(lambda name: recorded_host.unfold(name, root / name))
 
 
 @pytest.fixture
-def replay(tmp_path: Path, store: Store, unfold: Unfold, nvml_library: Path) -> Look:
+def replay(tmp_path: Path, store: Store, recorded: Recorded, nvml_library: Path) -> Look:
     async def look(name: str, config: str = "", *, driver_gone: bool = False) -> Replay:
-        host = unfold(name)
+        host = recorded(name)
         env = {"LD_LIBRARY_PATH": str(nvml_library)}
         env["FAKE_NVML"] = "/nonexistent" if driver_gone or host.nvml is None else str(host.nvml)
         view = Inventory(
