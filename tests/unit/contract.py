@@ -38,7 +38,7 @@ class Answer:
 @cache
 def document() -> dict[str, Any]:
     """The document with every reference replaced by what it refers to."""
-    source = yaml.safe_load(openapi_document())
+    source = yaml.load(openapi_document(), yaml.CSafeLoader)
 
     def resolved(node: Any) -> Any:
         if isinstance(node, list):

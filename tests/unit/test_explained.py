@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,14 @@ from gpud.cli import main
 REFERENCE = Path(__file__).parents[2] / "docs/configuration.md"
 
 
+@cache
+def topics() -> list[explained.Topic]:
+    return list(explained.topics())
+
+
 def key(path: str) -> str:
     """What is told of one key."""
-    (found,) = (str(one) for topic in explained.topics() for one in topic.keys if one.path == path)
+    (found,) = (str(one) for topic in topics() for one in topic.keys if one.path == path)
     return found
 
 
@@ -47,7 +53,7 @@ def test_what_a_key_may_be(path: str, told: str) -> None:
 
 
 def test_keys_of_an_entry_of_a_list_are_in_their_list() -> None:
-    (topic,) = (one for one in explained.topics() if one.keys[0].path == "offers[].gpu_type")
+    (topic,) = (one for one in topics() if one.keys[0].path == "offers[].gpu_type")
     assert topic.is_about("offers")
     assert not topic.is_about("offer")
 

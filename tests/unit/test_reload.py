@@ -17,7 +17,6 @@ from typing import Any
 
 import aiohttp
 import pytest
-import yaml
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from prometheus_client.parser import text_string_to_metric_families
@@ -85,7 +84,7 @@ class Server:
         for name, values in sections.items():
             before = self.settings.get(name, {})
             self.settings[name] = {**before, **values} if isinstance(values, dict) else values
-        self.file.write_text(yaml.safe_dump(self.settings))
+        self.file.write_text(json.dumps(self.settings))
 
     def set_price(self, price: float) -> None:
         self.settings["offers"][0]["price_per_gpu_hour"]["on_demand"] = price
