@@ -81,12 +81,21 @@ def write_files(
     home: Path, attributes: Mapping[str, str], header: bytes, reset_methods: Sequence[str]
 ) -> None:
     (home / "power").mkdir(parents=True)
-    for name, content in attributes.items():
-        (home / name).write_text(f"{content}\n")
+    files = {name: f"{content}\n".encode() for name, content in attributes.items()}
     if reset_methods:
-        (home / "reset").touch()
-        (home / "reset_method").write_text(" ".join(reset_methods) + "\n")
-    (home / "config").write_bytes(header)
+        files |= {"reset": b"", "reset_method": f"{' '.join(reset_methods)}\n".encode()}
+    files["config"] = header
+    for name, content in files.items():
+        create(f"{home}/{name}", content)
+
+
+def create(path: str | Path, content: bytes) -> None:
+    """``Path.write_bytes`` in a third of the time: hosts are made by the hundred, of many files each."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        os.write(file, content)
+    finally:
+        os.close(file)
 
 
 def link(link: Path, target: Path) -> None:

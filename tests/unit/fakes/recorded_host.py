@@ -14,6 +14,8 @@ from typing import Any, Final
 
 import yaml
 
+from tests.unit.fakes.kernel_tree import create
+
 HOSTS: Final = Path(__file__).parents[2] / "data/hosts"
 
 _UNITS: Final = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -81,10 +83,10 @@ def unfold_directory(recorded: Path, root: Path) -> RecordedHost:
 def _write(file: Path, text: str | bytes) -> None:
     content = text.encode() if isinstance(text, str) else text
     try:
-        file.write_bytes(content)
+        create(file, content)
     except FileNotFoundError:  # rare, so it is cheaper to make the directory after the fact
         file.parent.mkdir(parents=True)
-        file.write_bytes(content)
+        create(file, content)
 
 
 def _link(link: Path, target: Path) -> None:
