@@ -1,7 +1,10 @@
 # Two commands: `make demo` and `make test`. Each sets up all it needs and is quick the second time.
 
 SHELL := /bin/bash
-PYTHON ?= python3
+# The distribution's, on which the package runs and for which setup brings the headers.
+PYTHON ?= /usr/bin/python3
+# The tests start programs by the hundred: what one has compiled, the next reads.
+unexport PYTHONDONTWRITEBYTECODE
 VENV := .venv
 BIN := $(VENV)/bin
 PREFIX ?= /usr/local
