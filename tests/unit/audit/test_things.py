@@ -71,6 +71,7 @@ async def test_a_domain_that_is_not_as_it_was_started(
     guest = guest_of(libvirtd, instance)
     block(guest)  # as a guest that waits for its disk is
     assert await gpud.findings() == []
+    await gpud.worker.close()  # which ends a guest that lost a card
     change(guest)
     assert told.replace("{}", instance.domain_name) in await contradiction(gpud)
 
