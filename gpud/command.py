@@ -65,6 +65,24 @@ class Completed:
     raw: bytes = field(default=b"", repr=False, compare=False)
 
 
+class StuckError(GpudError):
+    """A program was killed and does not go away: something inside the kernel holds it up."""
+
+    def __init__(self, detail: str, process: subprocess.Popen[bytes]) -> None:
+        super().__init__(Code.HOST_COMMAND_FAILED, detail)
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
+    def gone(self) -> bool:
+        """Whether the kernel has let go of it by now."""
+        return self._process.returncode is not None
+
+
 async def run(
     *argv: str | Path,
     timeout_s: float,
@@ -85,7 +103,8 @@ async def run(
 
     Raises:
         GpudError: ``host_command_failed``: the program is missing, could not be started, was killed
-            for time or for endless output, or ended with another status.
+            for time or for endless output, or ended with another status. A :class:`StuckError` where
+            it was killed for time and did not go away.
     """
     program = os.fspath(argv[0])
     name = Path(program).name
@@ -103,9 +122,10 @@ async def run(
             stdout, stderr, exit_code = await _heard_out(process)
     except TimeoutError as error:
         detail = f"{name} did not end within {timeout_s:g} s and was killed"
-        if not await _kill(process):
-            detail += "; it has not gone away yet (stuck inside the kernel?)"
-        raise _failed(detail) from error
+        if await _kill(process):
+            raise _failed(detail) from error
+        detail += "; it has not gone away yet (stuck inside the kernel?)"
+        raise StuckError(detail, process) from error
     except BaseException:  # cancellation above all: whatever happens, nothing is left running
         await _kill(process)
         raise

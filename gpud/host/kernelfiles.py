@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -56,33 +57,35 @@ class InChildren:
     """Each write and read in a short-lived process of coreutils: some 3 ms, and a true errno.
 
     ``dd`` rather than a shell's ``printf``, which tells "I/O error" whatever the kernel said.
+
+    A child that the kernel holds up outlives being killed. What it was for is refused until it is gone:
+    acts on a card are tried again for ever, and a wedged driver would be left with a process of each try.
     """
 
     def __init__(self) -> None:
+        self._stuck: dict[tuple[Path, str], command.StuckError] = {}
         self._turn = asyncio.Lock()
         self._late: dict[Path, asyncio.Task[bytes | None]] = {}
 
     async def write(self, file: Path, text: str, timeout_s: float) -> None:
         """Write through ``dd``, which neither creates nor truncates the file here."""
-        done = await command.run(
-            "dd",
-            f"of={file}",
-            "conv=nocreat,notrunc",
-            f"bs={_ONE_WRITE_BYTES}",
-            "status=none",
-            timeout_s=timeout_s,
-            ok=(0, 1),
-            input=text.encode(),
-        )
+        with self._none_stuck_at(file, text):
+            done = await command.run(
+                "dd",
+                f"of={file}",
+                "conv=nocreat,notrunc",
+                f"bs={_ONE_WRITE_BYTES}",
+                "status=none",
+                timeout_s=timeout_s,
+                ok=(0, 1),
+                input=text.encode(),
+            )
         _refuse(done)
 
     async def read(self, file: Path, size: int, timeout_s: float) -> bytes:
         """Read through ``od``, whose output survives being taken for text."""
-        done = await command.run(
-            "od", "-An", "-v", "-tx1", f"-N{size}", file, timeout_s=timeout_s, ok=(0, 1)
-        )
-        _refuse(done)
-        return bytes.fromhex(done.stdout)
+        with self._none_stuck_at(file):
+            return await _octets(file, size, timeout_s)
 
     async def read_many(self, files: Sequence[Path], size: int, timeout_s: float) -> list[bytes]:
         """Read all through one child; only when that hangs, each through one of its own.
@@ -100,6 +103,23 @@ class InChildren:
                 transient=True,
             )
         return [found.get(file, b"") for file in files]
+
+    @contextmanager
+    def _none_stuck_at(self, file: Path, text: str = "") -> Iterator[None]:
+        """Let nobody do what a child of before is still doing; remember one that becomes stuck."""
+        self._stuck = {what: error for what, error in self._stuck.items() if not error.gone}
+        earlier = self._stuck.get((file, text))
+        if earlier is not None:
+            raise GpudError(
+                Code.HOST_COMMAND_FAILED,
+                f"process {earlier.pid}, which tried the same before, is still stuck inside the kernel",
+                hint="see dmesg; where a driver lets go of nothing, a reboot does",
+            )
+        try:
+            yield
+        except command.StuckError as error:
+            self._stuck[file, text] = error
+            raise
 
     async def _came_back(
         self, files: Sequence[Path], size: int, timeout_s: float
@@ -122,11 +142,19 @@ class InChildren:
     async def _patiently(self, file: Path, size: int) -> bytes | None:
         """A file's first bytes, none if it cannot be read; None if nobody could so much as ask."""
         try:
-            return await self.read(file, size, _STUCK_S)
+            return await _octets(file, size, _STUCK_S)
         except OSError:
             return b""
         except GpudError:
             return None
+
+
+async def _octets(file: Path, size: int, timeout_s: float) -> bytes:
+    done = await command.run(
+        "od", "-An", "-v", "-tx1", f"-N{size}", file, timeout_s=timeout_s, ok=(0, 1)
+    )
+    _refuse(done)
+    return bytes.fromhex(done.stdout)
 
 
 async def _at_once(files: Sequence[Path], size: int, timeout_s: float) -> dict[Path, bytes] | None:

@@ -16,7 +16,7 @@ from gpud.errors import GpudError
 from gpud.host.kernelfiles import InChildren
 from tests.unit.fakes.orders import until_reaped
 
-pytestmark = pytest.mark.real_command("head", "od")
+pytestmark = pytest.mark.real_command("head", "od", "dd")
 
 PATIENT_S = 10.0
 HASTY_S = 0.3
@@ -193,3 +193,27 @@ async def test_a_child_inside_the_kernel_does_not_hold_up_the_others(
         assert await InChildren().read_many([a, b], 64, HASTY_S) == [header(a), b""]
     assert len(survivors) == 1  # it lives until the kernel lets go of it, as now
     await until_reaped()
+
+
+async def test_what_is_stuck_inside_the_kernel_is_not_tried_beside_itself(
+    make: Make, started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "killpg", lambda *_: None)  # it cannot be killed
+    monkeypatch.setattr(command, "_KILL_GRACE_S", 0.01)
+    written, read, other = make("wro")
+    files = InChildren()
+    async with stuck(written, read):
+        for act in (files.write(written, "1", HASTY_S), files.read(read, 64, HASTY_S)):
+            with pytest.raises(GpudError, match="has not gone away yet"):
+                await act
+        for act in (files.write(written, "1", PATIENT_S), files.read(read, 64, PATIENT_S)):
+            with pytest.raises(GpudError, match=r"process \d+, which tried the same before"):
+                await act
+        assert len(started) == 2
+        # Another write, and another file, are no business of theirs.
+        await files.write(other, "2", PATIENT_S)
+        with pytest.raises(GpudError, match="has not gone away yet"):
+            await files.write(written, "2", HASTY_S)
+    await until_reaped()
+    await files.write(written, "1", PATIENT_S)
+    assert (await files.read(written, 1, PATIENT_S)) == b"1"
