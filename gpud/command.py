@@ -66,21 +66,15 @@ class Completed:
 
 
 class StuckError(GpudError):
-    """A program was killed and does not go away: something inside the kernel holds it up."""
+    """A program was killed and does not go away: something inside the kernel holds it up.
+
+    Attributes:
+        process: The program. Its ``returncode`` is set once the kernel has let go of it.
+    """
 
     def __init__(self, detail: str, process: subprocess.Popen[bytes]) -> None:
         super().__init__(Code.HOST_COMMAND_FAILED, detail)
-        self._process = process
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self._process.pid
-
-    @property
-    def gone(self) -> bool:
-        """Whether the kernel has let go of it by now."""
-        return self._process.returncode is not None
+        self.process = process
 
 
 async def run(

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import Popen
 from typing import Final, Protocol
 
 from gpud import command
@@ -63,7 +64,7 @@ class InChildren:
     """
 
     def __init__(self) -> None:
-        self._stuck: dict[tuple[Path, str], command.StuckError] = {}
+        self._stuck: dict[tuple[Path, str], Popen[bytes]] = {}
         self._turn = asyncio.Lock()
         self._late: dict[Path, asyncio.Task[bytes | None]] = {}
 
@@ -107,7 +108,7 @@ class InChildren:
     @contextmanager
     def _none_stuck_at(self, file: Path, text: str = "") -> Iterator[None]:
         """Let nobody do what a child of before is still doing; remember one that becomes stuck."""
-        self._stuck = {what: error for what, error in self._stuck.items() if not error.gone}
+        self._stuck = {act: one for act, one in self._stuck.items() if one.returncode is None}
         earlier = self._stuck.get((file, text))
         if earlier is not None:
             raise GpudError(
@@ -118,7 +119,7 @@ class InChildren:
         try:
             yield
         except command.StuckError as error:
-            self._stuck[file, text] = error
+            self._stuck[file, text] = error.process
             raise
 
     async def _came_back(
