@@ -41,8 +41,9 @@ say "Python packages for $python"
 "$python" -m venv "$work/pip"
 "$python" -m venv --without-pip "$stage$lib"
 # What pip builds, it keeps for any interpreter of that version; what another one's library path is in is no good.
-PIP_CACHE_DIR=$("$work/pip/bin/pip" cache dir)/gpud${python//\//-}
-export PIP_CACHE_DIR
+if cache=$("$work/pip/bin/pip" cache dir 2>/dev/null); then # not where it is switched off
+  export PIP_CACHE_DIR=$cache/gpud${python//\//-}
+fi
 "$work/pip/bin/pip" -qq --disable-pip-version-check --python "$stage$lib/bin/python3" install \
   --no-compile --no-warn-script-location --prefer-binary "$repository"
 # What tells of the machine that built it, and commands of others.
